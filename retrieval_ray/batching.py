@@ -1,0 +1,90 @@
+"""What a training step holds, and how it is cut: all of it deterministic, none of it knows a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+def epoch_batches(sizes: Sequence[int], batch: int, *, seed: int, epoch: int) -> list[tuple[int, Indices]]:
+    """The batches of one epoch as (corpus, indices into its lists), the same for the same seed.
+
+    Each batch holds one corpus only; corpora take turns until each is exhausted (method of the
+    general CADET trainer). The last batch of a corpus is short rather than dropped, unless it would
+    hold less than a quarter of a batch: then it is spread over the batches before it.
+    """
+    queues = []
+    for corpus, size in enumerate(sizes):
+        order = np.random.default_rng([seed, epoch, corpus]).permutation(size)
+        count = max(1, size // batch + (1 if size % batch >= batch / 4 else 0))
+        if size % batch >= batch / 4 or size < batch:
+            cuts = [order[i * batch : (i + 1) * batch] for i in range(count)]
+        else:
+            cuts = list(np.array_split(order, count))
+        queues.append([(corpus, cut.astype(np.int64)) for cut in cuts if len(cut)])
+    batches: list[tuple[int, Indices]] = []
+    for turn in range(max(map(len, queues), default=0)):
+        batches += [queue[turn] for queue in queues if turn < len(queue)]
+    return batches
+
+
+@dataclass(frozen=True)
+class Unique:
+    """The different passages of a batch of lists."""
+
+    passage_ids: list[str]  # N
+    index_BK: Indices  # where each list's passages stand among N
+    counts_N: Indices  # in how many list places each stands
+
+
+def unique_passages(lists: Sequence[Sequence[str]]) -> Unique:
+    """Each different passage once, in the order of first appearance."""
+    position: dict[str, int] = {}
+    index_BK = np.array(
+        [[position.setdefault(passage, len(position)) for passage in row] for row in lists],
+        dtype=np.int64,
+    )
+    counts_N = np.bincount(index_BK.ravel(), minlength=len(position)).astype(np.int64)
+    return Unique(list(position), index_BK, counts_N)
+
+
+def excluded_mask(
+    unique: Unique, excluded: Sequence[Sequence[str]]
+) -> npt.NDArray[np.bool_]:
+    """excluded_BN: True where passage n of the batch is excluded for query b, by id."""
+    position = {passage: n for n, passage in enumerate(unique.passage_ids)}
+    mask_BN = np.zeros((len(excluded), len(position)), dtype=np.bool_)
+    for b, ids in enumerate(excluded):
+        mask_BN[b, [position[passage] for passage in ids if passage in position]] = True
+    return mask_BN
+
+
+def cut_chunks(lengths: Sequence[int], token_budget: int) -> list[Indices]:
+    """Sort by length, then cut so that a chunk's rows times its longest row stay in the budget.
+
+    Longest first, so that what does not fit in memory fails at once. A single row over the budget
+    is a chunk of its own. Ties keep their order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    chunks: list[list[int]] = []
+    for i in order:
+        longest = lengths[chunks[-1][0]] if chunks else 0
+        if chunks and (len(chunks[-1]) + 1) * longest <= token_budget:
+            chunks[-1].append(i)
+        else:
+            chunks.append([i])
+    return [np.array(chunk, dtype=np.int64) for chunk in chunks]
+
+
+def deal(costs: Sequence[int], workers: int) -> list[int]:
+    """The owner of each chunk: the dearest first, each to the worker with the least so far."""
+    load = [0] * workers
+    owner = [0] * len(costs)
+    for chunk in sorted(range(len(costs)), key=lambda c: (-costs[c], c)):
+        least = min(range(workers), key=lambda worker: (load[worker], worker))
+        owner[chunk] = least
+        load[least] += costs[chunk]
+    return owner

@@ -1,0 +1,248 @@
+"""Every option of a job, its default, and the reading of ``FILE.yaml key=value ...``.
+
+Defaults stand only here; YAML files hold differences. Unknown keys are errors.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from retrieval_ray.errors import UserError
+
+SOURCES = ("log", "extractive", "llm")
+RETRIEVERS = ("dense", "bm25")
+TEACHERS = ("embedded", "cross_encoder")
+
+
+@dataclass
+class DatasetConfig:
+    path: str = "demo"  # demo | folder | ir_datasets:ID | hf:ID
+    split: str = "test"  # judged queries that are reported
+    dev_split: str | None = None  # judged queries for choosing: a split, or a share like train:0.2
+    log_split: str | None = None  # this corpus's own log, where several corpora are given
+    relevance_threshold: int = 1  # judgements from here on are relevant (2 for TREC DL)
+    max_queries: int | None = None  # of the test split, the first by hash
+    titles: bool = True  # a passage's title stands before its text
+
+
+@dataclass
+class QueriesConfig:
+    sources: list[str] | None = None  # of log, extractive, llm; null: log if there is one
+    log_split: str | None = None  # its judgements are not read
+    log_path: str | None = None  # a queries.jsonl of its own
+    max_queries: int = 100_000  # training queries in all
+    extractive_per_passage: int = 3  # title, salient span, key terms, in this order
+    extractive_max: int = 2_000
+    max_words: int = 64
+
+
+@dataclass
+class StudentConfig:
+    model: str = "all-MiniLM-L6-v2"  # bundled; or a sentence-transformers folder or hub id
+    query_prompt: str | None = None  # null: the model's own
+    passage_prompt: str | None = None
+    max_query_tokens: int | None = None  # null: the model's own
+    max_passage_tokens: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class RetrieveConfig:
+    retrievers: list[str] = field(default_factory=lambda: ["dense", "bm25"])
+    depth: int = 100  # passages kept per query and retriever
+    rrf_k: int = 60
+
+
+@dataclass
+class TeacherConfig:
+    kind: str = "embedded"  # embedded | cross_encoder
+    model: str | None = None  # the cross-encoder
+    weights: dict[str, float] | None = None  # late, bm25, dense; null: chosen on judged dev queries
+    depth: int = 50  # passages of the fused run that are judged
+    gate: bool = True  # false: train even where the teacher is worse than the student
+    max_tokens: int = 512  # of a cross-encoder's pair
+    trust_remote_code: bool = False
+
+
+@dataclass
+class GroupsConfig:
+    list_size: int = 20  # K: the positive and its negatives
+    source_rank: int = 20  # a query's source must be retrieved this high by each retriever
+    require_first: bool = True  # and the teacher must put it first
+    lower_percentile: float = 1.0  # scores are scaled so that these become 0 and 1
+    upper_percentile: float = 99.0
+    min_positive_percentile: float | None = 25.0  # drop a query whose positive scores lower
+    false_negative_ratio: float = 0.6  # the 60 % rule
+
+
+@dataclass
+class TrainConfig:
+    batch_queries: int = 4096
+    max_epochs: int = 30
+    patience: int = 2
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    min_warmup_steps: int = 10  # warm-up lasts this long, or half an epoch if that is longer
+    lr_floor: float = 0.1  # linear decay ends at this share of the peak
+    teacher_temperature: float = 0.2
+    student_temperature: float | None = None  # null: calibrated on the untouched student
+    infonce_temperature: float | None = None  # null: a fifth of the student's, as in the papers
+    infonce_weight: float = 0.1
+    dev_share: float = 0.1  # of the source passages, where there are no judged dev queries
+    chunk_tokens: int = 8192  # of one GradCache chunk, padding included
+    checkpoint_minutes: float = 5.0
+
+
+@dataclass
+class EvaluateConfig:
+    systems: list[str] = field(default_factory=lambda: ["bm25", "teacher"])  # beside base, adapted
+    exclude_same_id: bool = True  # BEIR: a passage whose id is the query's is left out
+
+
+@dataclass
+class ComputeConfig:
+    workers: int = 1
+    logical_cpus: int = 8  # of the local cluster that a job starts itself
+    cpus_per_worker: int = 1
+    gpus_per_worker: float | None = None  # null: 1 where the cluster has GPUs
+    precision: str | None = None  # float32 | bfloat16; null: probed
+    threads: int | None = None  # per worker; null: the machine's cores shared out
+    token_budget: int = 16_384  # of one encoding batch, padding included
+
+
+@dataclass
+class Config:
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    datasets: list[DatasetConfig] = field(default_factory=list)  # several corpora; else `dataset`
+    queries: QueriesConfig = field(default_factory=QueriesConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    groups: GroupsConfig = field(default_factory=GroupsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    seed: int = 0
+    output_dir: str = "out/run"
+    store: str | None = None  # null: inside output_dir
+
+    def corpora(self) -> list[DatasetConfig]:
+        """The corpora of this run, at least one."""
+        return self.datasets or [self.dataset]
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file of differences, then ``key=value`` overrides; check keys and values.
+
+    Raises ``UserError`` for a missing file, an unknown key (with the nearest known one), or a value
+    that cannot be what it must be.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no such config file: {path}")
+    try:
+        given = OmegaConf.load(path)
+        for override in overrides:
+            if "=" not in override:
+                raise UserError(f"'{override}' is not of the form key=value")
+        given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # yaml's own errors have no common public base here
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{path}: needs a mapping at the top level")
+    _reject_unknown(OmegaConf.to_container(given), Config, "")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
+        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]} (key '{error.full_key}')") from error
+    _check_values(config)
+    return config
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """A config as plain values, for manifests and fingerprints."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _reject_unknown(given: Any, schema: Any, prefix: str) -> None:
+    if not isinstance(given, dict):
+        return
+    known = {f.name: f for f in fields(schema)}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+            everywhere = difflib.get_close_matches(f"{prefix}{key}", _all_keys(Config, ""), n=1)
+            hint = f"{prefix}{near[0]}" if near else (everywhere[0] if everywhere else None)
+            raise UserError(
+                f"unknown config key '{prefix}{key}'"
+                + (f"; did you mean '{hint}'?" if hint else f"; known keys: {', '.join(known)}")
+            )
+        factory = known[key].default_factory
+        if is_dataclass(factory):
+            _reject_unknown(value, factory, f"{prefix}{key}.")
+        elif key == "datasets" and isinstance(value, list):
+            for number, entry in enumerate(value):
+                _reject_unknown(entry, DatasetConfig, f"datasets[{number}].")
+
+
+def _all_keys(schema: Any, prefix: str) -> list[str]:
+    keys = []
+    for f in fields(schema):
+        if is_dataclass(f.default_factory):
+            keys += _all_keys(f.default_factory, f"{prefix}{f.name}.")
+        else:
+            keys.append(f"{prefix}{f.name}")
+    return keys
+
+
+def _check_values(config: Config) -> None:
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    for key, chosen, known in (
+        ("queries.sources", config.queries.sources or [], SOURCES),
+        ("retrieve.retrievers", config.retrieve.retrievers, RETRIEVERS),
+        ("teacher.kind", [config.teacher.kind], TEACHERS),
+        ("evaluate.systems", config.evaluate.systems, ("bm25", "teacher")),
+        ("compute.precision", [config.compute.precision or "float32"], ("float32", "bfloat16")),
+    ):
+        for value in chosen:
+            need(value in known, f"{key}: '{value}' is not one of {', '.join(known)}")
+    need("dense" in config.retrieve.retrievers, "retrieve.retrievers: 'dense' must be among them")
+    need(
+        config.teacher.kind != "cross_encoder" or bool(config.teacher.model),
+        "teacher.model: a cross_encoder teacher needs a model (folder or hub id)",
+    )
+    need(
+        set(config.teacher.weights or {}) <= {"late", "bm25", "dense"},
+        "teacher.weights: the embedded teachers are late, bm25 and dense",
+    )
+    need(config.groups.list_size >= 2, "groups.list_size: a list needs a positive and a negative")
+    need(
+        config.teacher.depth >= config.groups.list_size,
+        "teacher.depth: must be at least groups.list_size, or no list can be filled",
+    )
+    need(
+        config.retrieve.depth >= config.teacher.depth,
+        "retrieve.depth: must be at least teacher.depth",
+    )
+    need(
+        config.evaluate.systems.count("bm25") == 0 or "bm25" in config.retrieve.retrievers,
+        "evaluate.systems: bm25 needs 'bm25' in retrieve.retrievers",
+    )
+    need(0 < config.train.dev_share < 1, "train.dev_share: must lie between 0 and 1")
+    for key in ("workers", "logical_cpus", "cpus_per_worker", "token_budget"):
+        need(getattr(config.compute, key) >= 1, f"compute.{key}: must be at least 1")

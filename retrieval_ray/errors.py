@@ -1,0 +1,8 @@
+"""The one exception that means: the user can put this right."""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong; the message says what, where, and what to do.
+
+    Jobs print the message alone and end with exit code 2.
+    """

@@ -1,0 +1,163 @@
+"""From raw teacher scores to training lists: pure functions over one query's judged pool.
+
+Sources: CADET (arXiv 2505.19274) and arXiv 2502.19712, section and code lines in each docstring.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One query's judged passages in the order of retrieval, with the combined teacher score."""
+
+    query_id: str
+    kind: str
+    source_id: str | None  # the passage the query was written from; None for a log
+    passage_ids: Sequence[str]
+    scores_N: Scores
+
+
+@dataclass(frozen=True)
+class Group:
+    """One training list: the positive first, then negatives by falling teacher score."""
+
+    query_id: str
+    kind: str
+    passage_ids: Sequence[str]
+    teacher_scores_K: Scores  # in [0, 1]
+    excluded_ids: Sequence[str]
+
+
+def standardise(scores_N: Scores) -> Scores:
+    """Scores of one query with mean 0 and deviation 1; zeros where all are equal."""
+    deviation = float(scores_N.std())
+    if deviation < 1e-12:
+        return np.zeros_like(scores_N)
+    return (scores_N - scores_N.mean()) / deviation
+
+
+def combine(teachers: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
+    """One score per passage out of several teachers': each standardised, then averaged by weight.
+
+    A single teacher keeps its raw scores, so that they can be compared across queries.
+    """
+    used = {name: weights.get(name, 0.0) for name in teachers}
+    if len(teachers) == 1:
+        return next(iter(teachers.values()))
+    total = sum(used.values())
+    if total <= 0:
+        raise ValueError(f"the weights {dict(weights)} of the teachers {sorted(used)} sum to 0")
+    mixed = np.zeros(len(next(iter(teachers.values()))))
+    for name, scores_N in teachers.items():
+        if used[name]:
+            mixed = mixed + used[name] / total * standardise(scores_N)
+    return mixed
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The global scale of one (corpus, kind): raw percentiles that become 0 and 1.
+
+    s' = clip((s - P_low) / (P_high - P_low), 0, 1)   [CADET normalize_scores.py:27-46]
+    """
+
+    low: float
+    high: float
+    min_positive: float
+
+    @classmethod
+    def of(
+        cls,
+        scores: Scores,
+        *,
+        lower_percentile: float,
+        upper_percentile: float,
+        min_positive_percentile: float | None,
+    ) -> "Scale":
+        """Percentiles over all passage scores of all surviving queries."""
+        low, high = np.percentile(scores, [lower_percentile, upper_percentile])
+        floor = -np.inf
+        if min_positive_percentile is not None:
+            floor = float(np.percentile(scores, min_positive_percentile))
+        return cls(float(low), float(high), floor)
+
+    def apply(self, scores_N: Scores) -> Scores:
+        span = self.high - self.low
+        if span <= 0:
+            return np.full_like(scores_N, 0.5)
+        return np.clip((scores_N - self.low) / span, 0.0, 1.0)
+
+
+def inconsistency(
+    pool: Pool,
+    rankings: Mapping[str, Sequence[str]],
+    *,
+    list_size: int,
+    source_rank: int,
+    require_first: bool,
+) -> tuple[str, str] | None:
+    """Why a query cannot be trained on, as (reason, detail), or None.
+
+    The consistency rule: the source passage is in each retriever's own top ``source_rank`` and the
+    teacher puts it first [retriever_filtering_step.py:3,35-61; filter_by_reranker.py:34]. A log
+    query has no source, so only the length of its pool counts.
+    """
+    if pool.source_id is not None:
+        for retriever, ranking in rankings.items():
+            if pool.source_id not in ranking[:source_rank]:
+                return "not_retrieved", f"{pool.source_id} not in the top {source_rank} of {retriever}"
+        if pool.source_id not in pool.passage_ids:
+            return "not_judged", f"{pool.source_id} is not in the fused pool"
+        if require_first and pool.passage_ids[best(pool)] != pool.source_id:
+            return "not_first", f"the teacher prefers {pool.passage_ids[best(pool)]}"
+    if len(pool.passage_ids) < list_size:
+        return "short_list", f"{len(pool.passage_ids)} passages, a list needs {list_size}"
+    return None
+
+
+def best(pool: Pool) -> int:
+    """Where the teacher's first stands in the pool; ties by passage_id."""
+    return min(
+        range(len(pool.passage_ids)), key=lambda i: (-pool.scores_N[i], pool.passage_ids[i])
+    )
+
+
+def build(
+    pool: Pool, scale: Scale, *, list_size: int, false_negative_ratio: float
+) -> Group | tuple[str, str]:
+    """The list of K of one query, or (reason, detail) if its positive scores too low.
+
+    The positive is the source, or the teacher's first for a log query. The list is the positive and
+    the K - 1 passages that follow it in the pool's order of retrieval: a retriever's own top K, as in
+    the papers; negatives are then ordered by falling teacher score.
+
+    The 60 % rule: every judged passage whose normalised score is over ``false_negative_ratio`` times
+    the positive's is masked from InfoNCE by id, and stays in the KL list
+    [train_bge_listwise.py:203,212-223]. The positive itself is not in ``excluded_ids``.
+    """
+    if pool.source_id in pool.passage_ids:
+        positive = pool.passage_ids.index(pool.source_id)
+    else:
+        positive = best(pool)
+    if pool.scores_N[positive] < scale.min_positive:
+        return "low_positive", f"{pool.scores_N[positive]:.4g} < {scale.min_positive:.4g}"
+    normal_N = scale.apply(pool.scores_N)
+    others = [i for i in range(len(pool.passage_ids)) if i != positive]
+    negatives = sorted(
+        others[: list_size - 1], key=lambda i: (-pool.scores_N[i], pool.passage_ids[i])
+    )
+    chosen = [positive, *negatives]
+    limit = false_negative_ratio * normal_N[positive]
+    return Group(
+        query_id=pool.query_id,
+        kind=pool.kind,
+        passage_ids=[pool.passage_ids[i] for i in chosen],
+        teacher_scores_K=normal_N[chosen],
+        excluded_ids=sorted(pool.passage_ids[i] for i in others if normal_N[i] > limit),
+    )

@@ -1,0 +1,40 @@
+"""Rankings: top k, merging shards, reciprocal-rank fusion. Ties are broken by passage_id."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Ranking = list[tuple[str, float]]  # (passage_id, score), best first
+
+
+def top_k(passage_ids: Sequence[str], scores: Sequence[float], k: int) -> Ranking:
+    """The k best passages, by score falling, then passage_id rising."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], passage_ids[i]))[:k]
+    return [(passage_ids[i], float(scores[i])) for i in order]
+
+
+def merge(rankings: Iterable[Ranking], k: int) -> Ranking:
+    """The top k of the union of rankings over disjoint shards, each with its own top k."""
+    rows = [row for ranking in rankings for row in ranking]
+    return top_k([row[0] for row in rows], [row[1] for row in rows], k)
+
+
+def fuse(rankings: Iterable[Ranking], k: int, *, rrf_k: int = 60) -> Ranking:
+    """Reciprocal-rank fusion: a passage's score is the sum of 1 / (rrf_k + rank), rank from 1."""
+    scores: dict[str, float] = {}
+    for ranking in rankings:
+        for rank, (passage_id, _) in enumerate(ranking, start=1):
+            scores[passage_id] = scores.get(passage_id, 0.0) + 1.0 / (rrf_k + rank)
+    return top_k(list(scores), list(scores.values()), k)
+
+
+def without_ids(ranking: Ranking, dropped: set[str] | Mapping[str, object]) -> Ranking:
+    """The ranking without these passages; ranks close up."""
+    return [row for row in ranking if row[0] not in dropped]
+
+
+def exact_dot(query_D: npt.NDArray[np.floating], passages_ND: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Dot products in float64, each pair by itself: the same number in any batch or shard."""
+    products: npt.NDArray[np.float64] = passages_ND.astype(np.float64) * query_D.astype(np.float64)
+    return products.sum(axis=1)
