@@ -9,7 +9,9 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 
-def epoch_batches(sizes: Sequence[int], batch: int, *, seed: int, epoch: int) -> list[tuple[int, Indices]]:
+def epoch_batches(
+    sizes: Sequence[int], batch: int, *, seed: int, epoch: int
+) -> list[tuple[int, Indices]]:
     """The batches of one epoch as (corpus, indices into its lists), the same for the same seed.
 
     Each batch holds one corpus only; corpora take turns until each is exhausted (method of the
@@ -51,9 +53,7 @@ def unique_passages(lists: Sequence[Sequence[str]]) -> Unique:
     return Unique(list(position), index_BK, counts_N)
 
 
-def excluded_mask(
-    unique: Unique, excluded: Sequence[Sequence[str]]
-) -> npt.NDArray[np.bool_]:
+def excluded_mask(unique: Unique, excluded: Sequence[Sequence[str]]) -> npt.NDArray[np.bool_]:
     """excluded_BN: True where passage n of the batch is excluded for query b, by id."""
     position = {passage: n for n, passage in enumerate(unique.passage_ids)}
     mask_BN = np.zeros((len(excluded), len(position)), dtype=np.bool_)

@@ -249,7 +249,10 @@ def _folder(folder: Path, suffix: str) -> Source:
         if not path.is_file():
             raise UserError(f"no such file: {path}")
         for number, row in enumerate(pq.read_table(path).to_pylist(), start=1):
-            row = {**row, "_id": row.get("_id", row.get(f"{'passage' if name == 'corpus' else 'query'}_id"))}
+            row = {
+                **row,
+                "_id": row.get("_id", row.get(f"{'passage' if name == 'corpus' else 'query'}_id")),
+            }
             if row["_id"] is None or not set(required) <= row.keys():
                 raise UserError(f"{path}: needs the columns {', '.join(required)}")
             yield f"{path}, row {number}", row

@@ -76,4 +76,6 @@ def query_rejects(
 
 
 def _fold(text: str) -> str:
-    return " ".join(regex.findall(r"[\p{L}\p{N}\p{M}]+", unicodedata.normalize("NFKC", text).lower()))
+    return " ".join(
+        regex.findall(r"[\p{L}\p{N}\p{M}]+", unicodedata.normalize("NFKC", text).lower())
+    )

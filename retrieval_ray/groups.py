@@ -111,7 +111,10 @@ def inconsistency(
     if pool.source_id is not None:
         for retriever, ranking in rankings.items():
             if pool.source_id not in ranking[:source_rank]:
-                return "not_retrieved", f"{pool.source_id} not in the top {source_rank} of {retriever}"
+                return (
+                    "not_retrieved",
+                    f"{pool.source_id} not in the top {source_rank} of {retriever}",
+                )
         if pool.source_id not in pool.passage_ids:
             return "not_judged", f"{pool.source_id} is not in the fused pool"
         if require_first and pool.passage_ids[best(pool)] != pool.source_id:
@@ -123,9 +126,7 @@ def inconsistency(
 
 def best(pool: Pool) -> int:
     """Where the teacher's first stands in the pool; ties by passage_id."""
-    return min(
-        range(len(pool.passage_ids)), key=lambda i: (-pool.scores_N[i], pool.passage_ids[i])
-    )
+    return min(range(len(pool.passage_ids)), key=lambda i: (-pool.scores_N[i], pool.passage_ids[i]))
 
 
 def build(

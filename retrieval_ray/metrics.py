@@ -82,7 +82,8 @@ def paired_difference(
     flipped = _blocks(rounds, lambda n: _signs(rng, n, len(difference_Q)) @ difference_Q)
     extreme = int((np.abs(flipped) >= abs(difference_Q.sum()) - 1e-9).sum())
     resampled = _blocks(
-        rounds, lambda n: difference_Q[rng.integers(0, len(difference_Q), (n, len(difference_Q)))].mean(1)
+        rounds,
+        lambda n: difference_Q[rng.integers(0, len(difference_Q), (n, len(difference_Q)))].mean(1),
     )
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Difference(observed, float(low), float(high), (extreme + 1) / (rounds + 1))

@@ -34,7 +34,9 @@ def without_ids(ranking: Ranking, dropped: set[str] | Mapping[str, object]) -> R
     return [row for row in ranking if row[0] not in dropped]
 
 
-def exact_dot(query_D: npt.NDArray[np.floating], passages_ND: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+def exact_dot(
+    query_D: npt.NDArray[np.floating], passages_ND: npt.NDArray[np.floating]
+) -> npt.NDArray[np.float64]:
     """Dot products in float64, each pair by itself: the same number in any batch or shard."""
     products: npt.NDArray[np.float64] = passages_ND.astype(np.float64) * query_D.astype(np.float64)
     return products.sum(axis=1)

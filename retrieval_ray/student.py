@@ -119,9 +119,7 @@ class Student:
         return self.encode_tokens(self.tokenize(texts, role), role, token_budget=token_budget)
 
     @torch.inference_mode()
-    def token_vectors(
-        self, texts: Sequence[str], role: Role, *, token_budget: int
-    ) -> list[Tensor]:
+    def token_vectors(self, texts: Sequence[str], role: Role, *, token_budget: int) -> list[Tensor]:
         """The last layer's normalised vector of each token of each text: a list of (T, D).
 
         Special tokens are left out: they match everything and say nothing.
@@ -149,7 +147,10 @@ class Student:
         if not any(isinstance(module, Normalize) for module in self.model):
             self.model.append(Normalize())
         if any(self.prompts.values()):
-            self.model.prompts = {"query": self.prompts["query"], "document": self.prompts["passage"]}
+            self.model.prompts = {
+                "query": self.prompts["query"],
+                "document": self.prompts["passage"],
+            }
         self.model.save(folder, create_model_card=False, safe_serialization=True)
 
     def _features(self, rows: Sequence[Tokens], role: Role) -> dict[str, Any]:

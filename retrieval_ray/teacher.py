@@ -60,7 +60,9 @@ class CrossEncoderTeacher:
         own = self.model.max_length
         self.model.max_length = min(max_tokens, own) if own else max_tokens
 
-    def score(self, pairs: Sequence[tuple[str, str]], *, batch_size: int = 32) -> npt.NDArray[np.float32]:
+    def score(
+        self, pairs: Sequence[tuple[str, str]], *, batch_size: int = 32
+    ) -> npt.NDArray[np.float32]:
         """Raw logits of (query, passage) pairs, in their order."""
         scores = self.model.predict(
             list(pairs),

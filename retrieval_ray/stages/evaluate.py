@@ -1,0 +1,126 @@
+"""The evaluate stage: every system's ranking of the judged test queries, measured per query."""
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from retrieval_ray import gate, metrics, schema
+from retrieval_ray.artifacts import Stage, stage
+from retrieval_ray.runs import Ranking
+from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.generate import qrels_of
+from retrieval_ray.stages.group import judged_pools
+from retrieval_ray.stages.retrieve import FUSED, rankings_of
+from retrieval_ray.stages.score import scores_of
+
+VERSION = 1
+CUT = 100  # no metric looks deeper
+
+
+def run(
+    context: Context,
+    name: str,
+    threshold: int,
+    queries: Stage,
+    retrieved: Stage,
+    scored: dict[str, Stage],
+    groups: Stage,
+    candidate: Stage | None,
+) -> Stage:
+    """Measure base, BM25, teacher and the trained candidate (``candidate``: its retrieve stage)."""
+    identity = {
+        "version": VERSION,
+        "corpus": name,
+        "queries": queries.content(),
+        "retrieved": retrieved.content(),
+        "scores": {teacher: scores.content() for teacher, scores in scored.items()},
+        "groups": groups.content(),
+        "weights": groups.manifest()["gate"]["weights"],
+        "candidate": candidate.content() if candidate else None,
+        "systems": context.config.evaluate.systems,
+        "depth": context.config.teacher.depth,
+        "relevance_threshold": threshold,
+    }
+    target = stage(context.store, "evaluate", identity)
+    if not context.start(target, f"evaluation on '{name}'"):
+        return target
+    qrels = qrels_of(queries, "test")
+    runs = {"base": rankings_of(retrieved, "dense")}
+    if "bm25" in context.config.evaluate.systems:
+        runs["bm25"] = rankings_of(retrieved, "bm25")
+    if "teacher" in context.config.evaluate.systems:
+        runs["teacher"] = _teacher_run(context, retrieved, scored, groups, qrels)
+    if candidate is not None:
+        runs["candidate"] = rankings_of(candidate, "dense")
+    rows: list[dict[str, object]] = []
+    for system, run in runs.items():
+        cut = {q: run.get(q, [])[:CUT] for q in qrels}
+        target.write(f"run-{system}.parquet", _run_table(system, cut))
+        values = metrics.per_query(
+            qrels,
+            {q: [p for p, _ in ranking] for q, ranking in cut.items()},
+            relevance_threshold=threshold,
+        )
+        rows += [
+            {"system": system, "query_id": q, "metric": metric, "value": value}
+            for q in sorted(values)
+            for metric, value in values[q].items()
+        ]
+    target.write("evaluation.parquet", schema.from_rows("evaluation", rows))
+    context.finish(
+        target,
+        [*(f"run-{system}.parquet" for system in runs), "evaluation.parquet"],
+        queries=len(qrels),
+        exclude_same_id=context.config.evaluate.exclude_same_id,
+    )
+    return target
+
+
+def values_of(evaluated: Stage) -> dict[str, dict[str, dict[str, float]]]:
+    """Metrics by system and query_id."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in evaluated.read("evaluation.parquet").to_pylist():
+        query = found.setdefault(row["system"], {}).setdefault(row["query_id"], {})
+        query[row["metric"]] = row["value"]
+    return found
+
+
+def trec_lines(evaluated: Stage, system: str, tag: str) -> str:
+    """A system's run in TREC format: ``qid Q0 docid rank score tag``."""
+    rows = evaluated.read(f"run-{system}.parquet").to_pylist()
+    return "".join(
+        f"{r['query_id']} Q0 {r['passage_id']} {r['rank']} {r['score']:.10g} {tag}\n" for r in rows
+    )
+
+
+def _teacher_run(
+    context: Context,
+    retrieved: Stage,
+    scored: dict[str, Stage],
+    groups: Stage,
+    qrels: Mapping[str, Mapping[str, int]],
+) -> dict[str, Ranking]:
+    """The teacher's order of its pool, then the rest of the fused ranking below it.
+
+    Scores of the run are ranks counted backwards: those of the two halves cannot be compared.
+    """
+    weights = groups.manifest()["gate"]["weights"]
+    depth = context.config.teacher.depth
+    pools = judged_pools(retrieved, scores_of(scored), depth)
+    runs = {}
+    for query_id, ranking in rankings_of(retrieved, FUSED).items():
+        if query_id in qrels:
+            order = gate.rerank(pools[query_id], weights) + [p for p, _ in ranking[depth:]]
+            runs[query_id] = [(p, float(len(order) - n)) for n, p in enumerate(order)]
+    return runs
+
+
+def _run_table(system: str, rankings: Mapping[str, Ranking]) -> pa.Table:
+    return schema.from_rows(
+        "run",
+        [
+            {"retriever": system, "query_id": q, "passage_id": p, "rank": rank, "score": score}
+            for q in sorted(rankings)
+            for rank, (p, score) in enumerate(rankings[q], start=1)
+        ],
+    )

@@ -1,0 +1,225 @@
+"""The groups stage: the teacher gate, then training lists from raw scores. No model runs here."""
+
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from retrieval_ray import gate, groups, schema
+from retrieval_ray.artifacts import Stage, digest, stage
+from retrieval_ray.config import to_dict
+from retrieval_ray.datasets import rejects_table
+from retrieval_ray.progress import say
+from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.generate import qrels_of, queries_table
+from retrieval_ray.stages.retrieve import FUSED, rankings_of
+from retrieval_ray.stages.score import scores_of
+
+VERSION = 1
+EQUAL_WEIGHTS = {"late": 1 / 3, "bm25": 1 / 3, "dense": 1 / 3}
+
+
+def run(
+    context: Context,
+    name: str,
+    queries: Stage,
+    retrieved: Stage,
+    scored: dict[str, Stage],
+    *,
+    retrievers: list[str],
+) -> Stage:
+    """Gate the teacher, choose its weights, and build the lists of one corpus."""
+    config = context.config
+    identity = {
+        "version": VERSION,
+        "corpus": name,
+        "queries": queries.content(),
+        "retrieved": retrieved.content(),
+        "scores": {teacher: scores.content() for teacher, scores in scored.items()},
+        "weights": config.teacher.weights,
+        "depth": config.teacher.depth,
+        "groups": to_dict(config.groups),
+        "dev_share": config.train.dev_share,
+        "retrievers": retrievers,
+        "seed": config.seed,
+    }
+    target = stage(context.store, "groups", identity)
+    if not context.start(target, f"groups of '{name}'"):
+        return target
+    raw = scores_of(scored)
+    pools = judged_pools(retrieved, raw, config.teacher.depth)
+    verdict = _verdict(context, queries, retrieved, pools)
+    built, rejects = _build(context, queries, retrieved, pools, verdict.weights, retrievers)
+    table = schema.from_rows("groups", [_row(name, group, split) for group, split in built])
+    target.write("groups.parquet", table)
+    target.write("rejects.parquet", rejects_table("groups", rejects))
+    splits = Counter(split for _, split in built)
+    context.finish(
+        target,
+        ["groups.parquet", "rejects.parquet"],
+        gate=asdict(verdict),
+        kept=len(built),
+        train=splits["train"],
+        dev=splits["dev"],
+        rejected=dict(Counter(reason for _, reason, _ in rejects)),
+        score_quantiles={
+            teacher: np.quantile(list(scores.values()), np.linspace(0, 1, 41)).tolist()
+            for teacher, scores in raw.items()
+        },
+    )
+    return target
+
+
+def may_train(context: Context, name: str, groups: Stage) -> bool:
+    """Whether to train on this corpus: not where the teacher was found wanting, unless told to."""
+    passed = groups.manifest()["gate"]["passed"]
+    if passed is not False:
+        return True
+    if not context.config.teacher.gate:
+        say(
+            f"  '{name}': the teacher gate did not pass; training all the same (teacher.gate=false)"
+        )
+        return True
+    say(
+        f"  '{name}': the teacher does not beat the student on the judged dev queries. "
+        "Training would teach its mistakes, so it is skipped and the base model is kept"
+    )
+    return False
+
+
+def judged_pools(
+    retrieved: Stage, raw: dict[str, dict[tuple[str, str], float]], depth: int
+) -> dict[str, gate.JudgedPool]:
+    """Each query's pool in the order of the fused ranking, with each teacher's raw scores."""
+    pools = {}
+    for query_id, ranking in rankings_of(retrieved, FUSED).items():
+        passages = [p for p, _ in ranking[:depth]]
+        pools[query_id] = gate.JudgedPool(
+            passages,
+            {
+                teacher: np.array([scores[query_id, p] for p in passages], dtype=np.float64)
+                for teacher, scores in raw.items()
+            },
+        )
+    return pools
+
+
+def _verdict(
+    context: Context, queries: Stage, retrieved: Stage, pools: dict[str, gate.JudgedPool]
+) -> gate.Verdict:
+    config = context.config
+    embedded = config.teacher.kind == "embedded"
+    fixed = config.teacher.weights if embedded else {"cross_encoder": 1.0}
+    qrels = qrels_of(queries, "dev")
+    if not qrels:
+        say("  no judged dev queries: the teacher is unproven on this corpus")
+        return gate.unproven(fixed or EQUAL_WEIGHTS)
+    student = {
+        q: [p for p, _ in ranking]
+        for q, ranking in rankings_of(retrieved, "dense").items()
+        if q in qrels
+    }
+    empty = gate.JudgedPool([], {t: np.zeros(0) for t in next(iter(pools.values())).teachers})
+    verdict = gate.judge(
+        {q: pools.get(q, empty) for q in qrels},
+        qrels,
+        student,
+        fixed_weights=fixed,
+        seed=config.seed,
+    )
+    assert verdict.difference is not None
+    d = verdict.difference
+    say(
+        f"  teacher gate on {verdict.queries} judged dev queries, nDCG@10: student "
+        f"{verdict.student:.4f}, teacher {verdict.teacher:.4f} "
+        f"({d.mean:+.4f}, 95 % interval {d.low:+.4f} to {d.high:+.4f}): "
+        + ("passed" if verdict.passed else "NOT passed")
+        + f"; weights {_shown(verdict.weights)}"
+    )
+    return verdict
+
+
+def _shown(weights: gate.Weights) -> str:
+    return ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
+
+
+def _build(
+    context: Context,
+    queries: Stage,
+    retrieved: Stage,
+    pools: dict[str, gate.JudgedPool],
+    weights: gate.Weights,
+    retrievers: list[str],
+) -> tuple[list[tuple[groups.Group, str]], list[tuple[str, str, str]]]:
+    config = context.config.groups
+    table = queries_table(queries)
+    table = table.filter(pa.compute.equal(table.column("split"), "train"))
+    own = {retriever: rankings_of(retrieved, retriever) for retriever in retrievers}
+    rejects: list[tuple[str, str, str]] = []
+    by_kind: dict[str, list[groups.Pool]] = defaultdict(list)
+    for row in sorted(table.to_pylist(), key=lambda row: str(row["query_id"])):
+        judged = pools.get(row["query_id"])
+        if judged is None or not judged.passage_ids:
+            rejects.append((row["query_id"], "nothing_retrieved", row["text"]))
+            continue
+        pool = groups.Pool(
+            row["query_id"],
+            row["kind"],
+            row["passage_id"],
+            judged.passage_ids,
+            groups.combine(judged.teachers, weights),
+        )
+        rankings = {r: [p for p, _ in own[r].get(pool.query_id, [])] for r in retrievers}
+        problem = groups.inconsistency(
+            pool,
+            rankings,
+            list_size=config.list_size,
+            source_rank=config.source_rank,
+            require_first=config.require_first,
+        )
+        if problem:
+            rejects.append((pool.query_id, *problem))
+        else:
+            by_kind[pool.kind].append(pool)
+    built = []
+    for kind in sorted(by_kind):
+        scale = groups.Scale.of(
+            np.concatenate([pool.scores_N for pool in by_kind[kind]]),
+            lower_percentile=config.lower_percentile,
+            upper_percentile=config.upper_percentile,
+            min_positive_percentile=config.min_positive_percentile,
+        )
+        for pool in by_kind[kind]:
+            group = groups.build(
+                pool,
+                scale,
+                list_size=config.list_size,
+                false_negative_ratio=config.false_negative_ratio,
+            )
+            if isinstance(group, groups.Group):
+                built.append((group, _split(context, pool)))
+            else:
+                rejects.append((pool.query_id, *group))
+    return built, rejects
+
+
+def _split(context: Context, pool: groups.Pool) -> str:
+    """train or dev, by source passage where there is one, so that its kinds stay together."""
+    key = pool.source_id or pool.query_id
+    share = int(digest([context.config.seed, key])[:8], 16) / 16**8
+    return "dev" if share < context.config.train.dev_share else "train"
+
+
+def _row(corpus: str, group: groups.Group, split: str) -> dict[str, Any]:
+    return {
+        "corpus": corpus,
+        "query_id": group.query_id,
+        "kind": group.kind,
+        "split": split,
+        "positive_id": group.passage_ids[0],
+        "passage_ids": list(group.passage_ids),
+        "teacher_scores": group.teacher_scores_K.tolist(),
+        "excluded_ids": list(group.excluded_ids),
+    }

@@ -1,0 +1,129 @@
+"""What every job does around its work: arguments, one run per output folder, exit codes.
+
+Exit code 0: done. 2: something the user can put right, in one message without a traceback. Anything
+else is our fault and keeps its traceback.
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from retrieval_ray.artifacts import Location, digest
+from retrieval_ray.config import Config, load, to_dict
+from retrieval_ray.errors import UserError
+from retrieval_ray.progress import say
+from retrieval_ray.stages.context import STAGES, Context, Model, Profile
+from retrieval_ray.student import probe_precision, resolve_model, weights_sha
+
+_EXECUTION_KEYS = ("output_dir", "store", "compute")
+_NO_SPACE = "No space left on device"
+
+
+def main(work: Callable[[Context, str | None], str | None], description: str) -> None:
+    """Parse ``CONFIG.yaml [key=value ...] [--dry-run] [--until STAGE]`` and run the work.
+
+    ``work(context, until)`` returns what is printed as the last line on standard output.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", help="a YAML file of differences from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--until", choices=STAGES, help="stop when this stage is done")
+    arguments = parser.parse_intermixed_args()
+    try:
+        config = load(arguments.config, arguments.overrides)
+        last_line = work(open_run(config, dry_run=arguments.dry_run), arguments.until)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    if last_line:
+        print(last_line, flush=True)
+
+
+def open_run(config: Config, *, dry_run: bool) -> Context:
+    """The context of a run: its store, its student, and its numeric profile.
+
+    The profile is probed once and written to ``output_dir/run.json``; a resumed run reads it there.
+    Raises ``UserError`` where the output folder holds another run's results.
+    """
+    output = Location.of(config.output_dir)
+    identity = {k: v for k, v in to_dict(config).items() if k not in _EXECUTION_KEYS}
+    record = output / "run.json"
+    known: dict[str, Any] = record.read_json() if record.exists() else {}
+    if known and known["run"] != digest(identity):
+        changed = sorted(_differences(known["config"], identity))
+        raise UserError(
+            f"output_dir '{config.output_dir}' holds another run's results "
+            f"(different: {', '.join(changed[:5])}); choose another output_dir, or delete it"
+        )
+    if not known and (output / "metrics.json").exists():
+        raise UserError(f"output_dir '{config.output_dir}' holds results of something else")
+    profile = _profile(config, known.get("profile", {}))
+    if not dry_run:
+        record.write_json({"run": digest(identity), "config": identity, "profile": asdict(profile)})
+    path = resolve_model(config.student.model)
+    store = Location.of(config.store) if config.store else output / "store"
+    return Context(config, store, profile, Model(path, weights_sha(path)), dry_run)
+
+
+def explain(error: BaseException) -> str | None:
+    """What the user can do about an error, or None where it is our fault."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        inner = getattr(cause, "cause", None)  # Ray's wrapper keeps the worker's own error here
+        cause = inner if isinstance(inner, BaseException) else cause.__cause__
+    for link in chain:
+        if isinstance(link, UserError):
+            return str(link)
+    for link in chain:
+        if (isinstance(link, OSError) and link.errno == errno.ENOSPC) or _NO_SPACE in str(link):
+            return (
+                "disk full: no space is left where the store or Ray's temporary files lie. Free some "
+                "space, or set store= to another disk, and run the same command again: finished parts "
+                "are kept"
+            )
+        if isinstance(link, PermissionError):
+            return f"not permitted: {link}"
+    return None
+
+
+def _profile(config: Config, known: dict[str, Any]) -> Profile:
+    import torch
+
+    compute = config.compute
+    device = known.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = compute.precision or known.get("precision")
+    if precision is None:
+        precision = probe_precision(device)
+        say(f"probed: {device}, {precision}")
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    same_workers = known.get("workers") == compute.workers
+    threads = compute.threads or (known.get("threads") if same_workers else None)
+    return Profile(
+        precision=precision,
+        device=device,
+        threads=threads or max(1, cores // compute.workers),
+        token_budget=compute.token_budget,
+        workers=compute.workers,
+    )
+
+
+def _differences(one: Any, other: Any, prefix: str = "") -> Sequence[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [
+            name
+            for key in sorted({*one, *other})
+            for name in _differences(one.get(key), other.get(key), f"{prefix}{key}.")
+        ]
+    return [] if one == other else [prefix.rstrip(".")]

@@ -1,0 +1,67 @@
+"""Runs the missing fixed parts of a stage on a pool of Ray actors.
+
+A part is the unit of work, of resuming and of the numbers' last bits: no batch crosses it. Each
+worker writes its part atomically by itself; only counts come back to the driver.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import ray.data
+
+from retrieval_ray.progress import progress
+from retrieval_ray.stages.context import Context
+
+
+class PartWorker(Protocol):
+    """What runs in an actor: heavy objects load in ``__init__``, ``run`` writes one part."""
+
+    def run(self, part: dict[str, Any]) -> dict[str, Any]: ...
+
+
+class _Actor:
+    """Adapts a PartWorker to ``map_batches``; parts travel as JSON, so Arrow types cannot drift."""
+
+    def __init__(
+        self, worker: type[PartWorker], arguments: Mapping[str, Any], threads: int
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS to the actor's num_cpus
+        self._worker = worker(**arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"facts": [json.dumps(self._worker.run(json.loads(part))) for part in batch["part"]]}
+
+
+def run_parts(
+    context: Context,
+    label: str,
+    worker: type[PartWorker],
+    arguments: Mapping[str, Any],
+    parts: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Run ``worker(**arguments).run(part)`` for each part, on as many actors as there are workers.
+
+    Returns what the parts returned, in no fixed order. Raises what a worker raised.
+    """
+    if not parts:
+        return []
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    size = min(context.config.compute.workers, len(parts))
+    dataset = ray.data.from_items(
+        [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)
+    ).map_batches(
+        _Actor,
+        fn_constructor_args=(worker, dict(arguments), context.profile.threads),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+        **context.worker_resources(),
+    )
+    facts = []
+    with progress(label, len(parts)) as advance:
+        for row in dataset.iter_rows():
+            facts.append(json.loads(row["facts"]))
+            advance(len(facts), "parts")
+    return facts

@@ -1,0 +1,306 @@
+"""The train stage: ``fit`` on the workers of a Ray ``TorchTrainer``, checkpoints in the stage folder."""
+
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+
+from retrieval_ray.artifacts import Location, Stage, digest, stage
+from retrieval_ray.config import to_dict
+from retrieval_ray.errors import UserError
+from retrieval_ray.fit import CorpusData, Settings, chosen, fit
+from retrieval_ray.losses import calibrate_temperature
+from retrieval_ray.progress import progress, say
+from retrieval_ray.stages.context import Context, Model
+from retrieval_ray.stages.encode import Vectors, student_arguments, student_identity
+from retrieval_ray.stages.generate import qrels_of, queries_table
+from retrieval_ray.stages.ingest import texts_by_id
+from retrieval_ray.stages.retrieve import FUSED, rankings_of
+from retrieval_ray.step import Lists, Objective
+from retrieval_ray.student import Student
+
+VERSION = 1
+_EXECUTION_KEYS = ("checkpoint_minutes",)
+_LEAST_STEPS = 8  # an epoch's worth of a small corpus: the batch is scaled down to this
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The stages of one corpus that training reads."""
+
+    name: str
+    corpus: Stage
+    queries: Stage
+    passages: Stage
+    query_vectors: Stage
+    retrieved: Stage
+    groups: Stage
+
+
+def run(context: Context, corpora: list[Trained]) -> Stage:
+    """Train on the lists of these corpora; the best trained model ends in ``candidate/``."""
+    config = context.config
+    identity = {
+        "version": VERSION,
+        "groups": [[c.name, c.groups.content(), c.queries.content()] for c in corpora],
+        "depth": config.teacher.depth,
+        "student": student_identity(context),
+        "train": {k: v for k, v in to_dict(config.train).items() if k not in _EXECUTION_KEYS},
+        "seed": config.seed,
+        "profile": {**context.profile.numeric(), "workers": context.profile.workers},
+    }
+    target = stage(context.store, "train", identity)
+    if not context.start(target, f"training on {', '.join(c.name for c in corpora)}"):
+        return target
+    lists = [_lists(corpus.groups, "train") for corpus in corpora]
+    if not any(len(part.query_ids) for part in lists):
+        raise UserError("no training list is left on any corpus; see the groups stage's rejects")
+    settings = _settings(context, corpora, lists)
+    with _step_bar(settings) as actor:
+        _trainer(context, corpora, settings, target, actor).fit()
+    facts = (target.folder / "fit.json").read_json()
+    model_files = [f"candidate/{name}" for name in _files(target.folder / "candidate")]
+    context.finish(
+        target,
+        [*model_files, "fit.json"],
+        epoch=chosen(facts["history"]),
+        candidate_epoch=facts["best_epoch"],
+        temperatures={
+            "student": settings.objective.student_temperature,
+            "teacher": settings.objective.teacher_temperature,
+            "infonce": settings.objective.infonce_temperature,
+        },
+        batch_queries=settings.batch_queries,
+        queries=[len(part.query_ids) for part in lists],
+    )
+    for name in target.folder.names():
+        if name.startswith(("checkpoint-", "best.", "ray")):
+            (target.folder / name).remove()
+    return target
+
+
+def _files(folder: Location, prefix: str = "") -> list[str]:
+    found = []
+    for entry in folder.filesystem.get_file_info(pa.fs.FileSelector(folder.path)):
+        if entry.type == pa.fs.FileType.Directory:
+            found += _files(folder / entry.base_name, f"{prefix}{entry.base_name}/")
+        else:
+            found.append(prefix + entry.base_name)
+    return sorted(found)
+
+
+def _settings(context: Context, corpora: list[Trained], lists: list[Lists]) -> Settings:
+    train = context.config.train
+    smallest = min(len(part.query_ids) for part in lists if len(part.query_ids))
+    batch = train.batch_queries
+    if smallest < _LEAST_STEPS * batch:
+        batch = max(1, min(batch, smallest // _LEAST_STEPS))
+        if batch < train.batch_queries:
+            say(
+                f"  warning: {smallest} training queries are fewer than {_LEAST_STEPS} batches of "
+                f"{train.batch_queries}; batches of {batch} are used"
+            )
+    tau = train.student_temperature or _calibrated(context, corpora, lists)
+    infonce = train.infonce_temperature or tau / 5
+    say(
+        f"  temperatures: student {tau:.3g}, teacher {train.teacher_temperature:.3g}, "
+        f"InfoNCE {infonce:.3g}" + ("" if train.student_temperature else " (calibrated)")
+    )
+    return Settings(
+        objective=Objective(tau, train.teacher_temperature, infonce, train.infonce_weight),
+        batch_queries=batch,
+        max_epochs=train.max_epochs,
+        patience=train.patience,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
+        min_warmup_steps=train.min_warmup_steps,
+        lr_floor=train.lr_floor,
+        chunk_tokens=train.chunk_tokens,
+        checkpoint_seconds=60 * train.checkpoint_minutes,
+        seed=context.config.seed,
+    )
+
+
+def _calibrated(context: Context, corpora: list[Trained], lists: list[Lists]) -> float:
+    """The temperature that brings the untouched student nearest to the teacher, on training lists.
+
+    Its cosines are at hand: the encode stages hold every vector.
+    """
+    student, teacher = [], []
+    for corpus, part in zip(corpora, lists, strict=True):
+        passages, queries = Vectors.all(corpus.passages), Vectors.all(corpus.query_vectors)
+        passage_at = {key: n for n, key in enumerate(passages.ids)}
+        query_at = {key: n for n, key in enumerate(queries.ids)}
+        for query_id, row in zip(part.query_ids, part.passage_ids, strict=True):
+            query_D = queries.matrix[query_at[query_id]].astype(np.float64)
+            student.append(
+                passages.matrix[[passage_at[p] for p in row]].astype(np.float64) @ query_D
+            )
+        teacher.append(part.teacher_BK)
+    return calibrate_temperature(
+        torch.from_numpy(np.stack(student)),
+        torch.from_numpy(np.concatenate(teacher)),
+        teacher_temperature=context.config.train.teacher_temperature,
+    )
+
+
+def _lists(groups: Stage, split: str) -> Lists:
+    table = groups.read("groups.parquet")
+    table = table.filter(pa.compute.equal(table.column("split"), split))
+    return Lists(
+        query_ids=table.column("query_id").to_pylist(),
+        passage_ids=table.column("passage_ids").to_pylist(),
+        teacher_BK=np.array(table.column("teacher_scores").to_pylist(), dtype=np.float64),
+        excluded_ids=table.column("excluded_ids").to_pylist(),
+    )
+
+
+def _data(corpus: Trained, depth: int) -> CorpusData:
+    """Read on every worker: only ids travel, texts are looked up."""
+    queries = queries_table(corpus.queries)
+    qrels = qrels_of(corpus.queries, "dev")
+    fused = rankings_of(corpus.retrieved, FUSED) if qrels else {}
+    return CorpusData(
+        name=corpus.name,
+        train=_lists(corpus.groups, "train"),
+        dev=_lists(corpus.groups, "dev"),
+        passages=texts_by_id(corpus.corpus),
+        queries=dict(
+            zip(
+                queries.column("query_id").to_pylist(),
+                queries.column("text").to_pylist(),
+                strict=True,
+            )
+        ),
+        dev_qrels=qrels,
+        dev_pools={q: [p for p, _ in fused.get(q, [])[:depth]] for q in qrels},
+    )
+
+
+def _trainer(
+    context: Context, corpora: list[Trained], settings: Settings, target: Stage, actor: Any
+) -> TorchTrainer:
+    compute = context.config.compute
+    resources = {"CPU": compute.cpus_per_worker}
+    gpus = context.worker_resources()["num_gpus"]
+    if gpus:
+        resources["GPU"] = gpus
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "corpora": corpora,
+            "settings": settings,
+            "student": student_arguments(context),
+            "threads": context.profile.threads,
+            "folder": target.folder,
+            "depth": context.config.teacher.depth,
+            "steps": actor,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=compute.workers, use_gpu=bool(gpus), resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=target.folder.path,
+            storage_filesystem=target.folder.filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=2),
+        ),
+    )
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """Runs on each worker of the TorchTrainer."""
+    torch.set_num_threads(config["threads"])
+    rank = ray.train.get_context().get_world_rank()
+    student = Student(**config["student"])
+    folder: Location = config["folder"]
+
+    def on_step(step: int, total: int, terms: Mapping[str, float]) -> None:
+        if rank == 0:
+            config["steps"].put.remote(step, f"loss {terms['loss']:.4f}")
+
+    def on_epoch(row: Mapping[str, float]) -> None:
+        if rank == 0:
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k not in ("epoch", "step"))
+            config["steps"].put.remote(int(row["step"]), "", f"  epoch {row['epoch']:.0f}: {shown}")
+        ray.train.report(dict(row))
+
+    done = fit(
+        student,
+        [_data(corpus, config["depth"]) for corpus in config["corpora"]],
+        config["settings"],
+        folder,
+        on_step=on_step,
+        on_epoch=on_epoch,
+    )
+    if rank == 0:
+        with tempfile.TemporaryDirectory() as local:
+            student.save(local)
+            Location.of(local).copy_to(folder / "candidate")
+        (folder / "fit.json").write_json(
+            {"history": done.history, "steps": done.steps, "best_epoch": done.best_epoch}
+        )
+
+
+@ray.remote(num_cpus=0)
+class _Steps:
+    """Carries progress from the workers to the driver."""
+
+    def __init__(self) -> None:
+        self.state: tuple[int, str] = (0, "")
+        self.lines: list[str] = []
+
+    def put(self, step: int, note: str, line: str = "") -> None:
+        self.state = (step, note)
+        if line:
+            self.lines.append(line)
+
+    def get(self) -> tuple[int, str, list[str]]:
+        lines, self.lines = self.lines, []
+        return (*self.state, lines)
+
+
+@contextmanager
+def _step_bar(settings: Settings) -> Iterator[Any]:
+    """A progress bar fed by rank 0 while ``fit`` blocks the driver."""
+    actor = _Steps.remote()
+    stop = threading.Event()
+    seen: dict[str, int] = defaultdict(int)
+
+    def watch() -> None:
+        with progress("training", 0) as advance:
+            while not stop.wait(1.0):
+                step, note, lines = ray.get(actor.get.remote())
+                for line in lines:
+                    say(line)
+                if step != seen["step"]:
+                    seen["step"] = step
+                    advance(step, f"steps; {note}")
+        for line in ray.get(actor.get.remote())[2]:
+            say(line)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield actor
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+
+
+def candidate(trained: Stage) -> Model:
+    """The best trained model, as a student for encoding."""
+    hashes = trained.manifest()["parts"]
+    sha = digest({name: value for name, value in hashes.items() if name.startswith("candidate/")})
+    return Model(f"{trained.folder.path}/candidate", sha)

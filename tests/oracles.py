@@ -1,0 +1,145 @@
+"""Slow, obvious references: plain loops over ids, written from the formulas, not from the package."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Row = tuple[str, float]
+
+
+def top_k(rows: Sequence[Row], k: int) -> list[Row]:
+    """Take the best row k times: higher score, then smaller id."""
+    left, best = list(rows), []
+    while left and len(best) < k:
+        first = left[0]
+        for row in left:
+            if row[1] > first[1] or (row[1] == first[1] and row[0] < first[0]):
+                first = row
+        best.append(first)
+        left.remove(first)
+    return best
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile with linear interpolation between the two neighbours."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * q / 100
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def bm25(query: Sequence[str], documents: Sequence[Sequence[str]]) -> list[float]:
+    """Lucene's BM25 with k1 = 1.5 and b = 0.75, over terms."""
+    mean_length = sum(map(len, documents)) / len(documents)
+    scores = []
+    for document in documents:
+        score = 0.0
+        for term in query:
+            holders = sum(term in other for other in documents)
+            idf = math.log(1 + (len(documents) - holders + 0.5) / (holders + 0.5))
+            count = document.count(term)
+            if count:
+                length = 1 - 0.75 + 0.75 * len(document) / mean_length
+                score += idf * count / (count + 1.5 * length)
+        scores.append(score)
+    return scores
+
+
+def listwise_kl(
+    student: Tensor, teacher: Tensor, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """KL(teacher || student) row by row, passage by passage; mean over rows."""
+    total = student.new_zeros(())
+    for row in range(len(student)):
+        p = [(t / teacher_temperature).exp() for t in teacher[row]]
+        q = [(s / student_temperature).exp() for s in student[row]]
+        for place in range(len(p)):
+            p_here, q_here = p[place] / sum(p), q[place] / sum(q)
+            total = total + p_here * (p_here.log() - q_here.log())
+    return total / len(student)
+
+
+def infonce(
+    queries: Tensor,
+    passages: Mapping[str, Tensor],
+    lists: Sequence[Sequence[str]],
+    excluded: Sequence[Sequence[str]],
+    temperature: float,
+) -> Tensor:
+    """InfoNCE where the candidates are the rows of all lists, a repeated passage repeated.
+
+    A query leaves out rows of excluded ids and of its own positive, which counts once.
+    """
+    losses = []
+    for query, own, left_out in zip(queries, lists, excluded, strict=True):
+        positive = ((query * passages[own[0]]).sum() / temperature).exp()
+        below = positive
+        for row in lists:
+            for passage in row:
+                if passage != own[0] and passage not in left_out:
+                    below = below + ((query * passages[passage]).sum() / temperature).exp()
+        losses.append(-(positive / below).log())
+    return sum(losses) / len(losses)
+
+
+def minimum_on_grid(f: Callable[[float], float], low: float, high: float, points: int) -> float:
+    """The place of the least value among evenly spaced (in the logarithm) points."""
+    step = (math.log(high) - math.log(low)) / (points - 1)
+    return min((math.exp(math.log(low) + step * i) for i in range(points)), key=f)
+
+
+def ndcg(judged: Mapping[str, int], ranking: Sequence[str], k: int) -> float:
+    gained = sum(
+        max(judged.get(passage, 0), 0) / math.log2(rank + 1)
+        for rank, passage in enumerate(ranking[:k], start=1)
+    )
+    ideal = sum(
+        max(relevance, 0) / math.log2(rank + 1)
+        for rank, relevance in enumerate(sorted(judged.values(), reverse=True)[:k], start=1)
+    )
+    return gained / ideal if ideal else 0.0
+
+
+def recall(relevant: set[str], ranking: Sequence[str], k: int) -> float:
+    return len(relevant & set(ranking[:k])) / len(relevant) if relevant else 0.0
+
+
+def reciprocal_rank(relevant: set[str], ranking: Sequence[str], k: int) -> float:
+    for rank, passage in enumerate(ranking[:k], start=1):
+        if passage in relevant:
+            return 1 / rank
+    return 0.0
+
+
+def average_precision(relevant: set[str], ranking: Sequence[str], k: int) -> float:
+    found, total = 0, 0.0
+    for rank, passage in enumerate(ranking[:k], start=1):
+        if passage in relevant:
+            found += 1
+            total += found / rank
+    return total / len(relevant) if relevant else 0.0
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """The exact two-sided p of the paired randomisation test: every assignment of signs."""
+    observed = abs(sum(differences))
+    sums = [
+        abs(sum(sign * d for sign, d in zip(signs, differences, strict=True)))
+        for signs in itertools.product((-1, 1), repeat=len(differences))
+    ]
+    return sum(value >= observed - 1e-9 for value in sums) / len(sums)
+
+
+def late_interaction(query: Tensor, passage: Tensor) -> float:
+    """Mean over query tokens of the best dot product with a passage token."""
+    if len(query) == 0 or len(passage) == 0:
+        return 0.0
+    best = [
+        max(sum(a * b for a, b in zip(q.tolist(), p.tolist(), strict=True)) for p in passage)
+        for q in query
+    ]
+    return sum(best) / len(best)

@@ -1,0 +1,377 @@
+"""Configs: every YAML loads, unknown keys name the nearest known one, wrong values are errors."""
+
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrieval_ray.config import Config, DatasetConfig, load, to_dict
+from retrieval_ray.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+YAMLS = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("configs/*.yaml"))
+
+
+def leaves(schema: Any = Config, prefix: str = "") -> list[str]:
+    """Every option of the config, as ``section.name``."""
+    found = []
+    for f in fields(schema):
+        inner = f.default_factory
+        if is_dataclass(inner):
+            found += [f"{prefix}{f.name}", *leaves(inner, f"{prefix}{f.name}.")]
+        else:
+            found.append(f"{prefix}{f.name}")
+    return found
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """An empty config file: all defaults."""
+    file = tmp_path / "job.yaml"
+    file.write_text("")
+    return file
+
+
+def error_of(path: Path, *overrides: str, text: str = "") -> str:
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(str(path), overrides)
+    return str(caught.value)
+
+
+# --- what loads -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("yaml", YAMLS)
+def test_every_yaml_of_the_project_loads(yaml: str) -> None:
+    assert load(str(ROOT / yaml)).corpora()
+
+
+@pytest.mark.parametrize("yaml", YAMLS)
+def test_every_yaml_of_the_project_is_differences_only(yaml: str) -> None:
+    assert to_dict(load(str(ROOT / yaml))) != to_dict(Config())
+    assert len((ROOT / yaml).read_text().splitlines()) <= 30
+
+
+def test_an_empty_file_is_all_defaults(path: Path) -> None:
+    assert load(str(path)) == Config()
+
+
+def test_an_override_wins_over_the_file_and_the_file_over_the_default(path: Path) -> None:
+    path.write_text("train: {max_epochs: 3, patience: 1}\nseed: 5\n")
+    config = load(str(path), ["train.max_epochs=7", "dataset.path=/data"])
+    assert (config.train.max_epochs, config.train.patience, config.seed) == (7, 1, 5)
+    assert config.dataset.path == "/data"
+    assert config.train.learning_rate == Config().train.learning_rate
+
+
+def test_the_last_of_two_overrides_wins(path: Path) -> None:
+    assert load(str(path), ["seed=1", "seed=2"]).seed == 2
+
+
+def test_overrides_may_hold_lists_null_numbers_and_equal_signs(path: Path) -> None:
+    config = load(
+        str(path),
+        [
+            "queries.sources=[log,extractive]",
+            "train.learning_rate=1e-3",
+            "groups.min_positive_percentile=null",
+            "teacher.weights.late=2",
+            "dataset.path=a=b",
+            "dataset.titles=false",
+        ],
+    )
+    assert config.queries.sources == ["log", "extractive"]
+    assert config.train.learning_rate == 0.001
+    assert config.groups.min_positive_percentile is None
+    assert config.teacher.weights == {"late": 2.0}
+    assert config.dataset.path == "a=b"
+    assert config.dataset.titles is False
+
+
+def test_several_corpora_replace_the_one(path: Path) -> None:
+    assert load(str(path)).corpora() == [DatasetConfig()]
+    path.write_text("datasets:\n- path: a\n- {path: b, split: dev, titles: false}\n")
+    assert load(str(path)).corpora() == [
+        DatasetConfig(path="a"),
+        DatasetConfig(path="b", split="dev", titles=False),
+    ]
+
+
+def test_configs_do_not_share_their_lists(path: Path) -> None:
+    load(str(path)).retrieve.retrievers.append("x")
+    assert load(str(path)).retrieve.retrievers == ["dense", "bm25"]
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "seed": st.integers(0, 99),
+            "train": st.fixed_dictionaries(
+                {}, optional={"max_epochs": st.integers(1, 9), "patience": st.integers(1, 5)}
+            ),
+            "dataset": st.fixed_dictionaries({}, optional={"titles": st.booleans()}),
+        },
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_file_and_overrides_say_the_same(tmp_path_factory: Any, given: dict[str, Any]) -> None:
+    path = tmp_path_factory.getbasetemp() / "given.yaml"
+    path.write_text(json.dumps(given))  # JSON is YAML
+    from_file = load(str(path))
+    path.write_text("")
+    flat = [
+        f"{key}={json.dumps(value)}"
+        if not isinstance(value, dict)
+        else f"{key}.{inner}={json.dumps(v)}"
+        for key, value in given.items()
+        for inner, v in (value.items() if isinstance(value, dict) else [("", None)])
+    ]
+    assert load(str(path), flat) == from_file
+
+
+def test_to_dict_is_plain_and_loads_to_the_same_config(path: Path) -> None:
+    path.write_text("teacher: {weights: {late: 1, bm25: 0.5}}\ndatasets: [{path: x}]\n")
+    config = load(str(path), ["seed=3"])
+    plain = to_dict(config)
+    path.write_text(json.dumps(plain))
+    assert load(str(path)) == config
+    assert to_dict(config.train) == plain["train"]
+
+
+# --- unknown keys -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", leaves())
+def test_a_misspelt_key_gives_the_right_one(path: Path, key: str) -> None:
+    section, _, name = key.rpartition(".")
+    typo = name + name[-1]
+    dotted = f"{section}.{typo}" if section else typo
+    said = error_of(path, f"{dotted}=1")
+    assert f"'{dotted}'" in said
+    assert f"'{key}'" in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("train.list_size", "groups.list_size"),
+        ("teacher.list_size", "groups.list_size"),
+        ("student.learning_rate", "train.learning_rate"),
+        ("train.precision", "compute.precision"),
+        ("compute.seed", "seed"),
+        ("list_size", "groups.list_size"),
+    ],
+)
+def test_a_key_in_the_wrong_section_gives_the_right_section(
+    path: Path, wrong: str, right: str
+) -> None:
+    assert f"'{right}'" in error_of(path, f"{wrong}=1")
+
+
+def test_a_misspelt_key_of_one_of_several_corpora_says_which(path: Path) -> None:
+    said = error_of(path, text="datasets:\n- path: a\n- {path: b, spilt: dev}\n")
+    assert "'datasets[1].spilt'" in said and "'datasets[1].split'" in said
+
+
+def test_a_key_like_no_other_gives_the_known_ones(path: Path) -> None:
+    said = error_of(path, "train.qqqqq=1")
+    assert "'train.qqqqq'" in said
+    assert all(key.removeprefix("train.") in said for key in leaves() if key.startswith("train."))
+
+
+@given(st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_no_unknown_key_is_accepted(tmp_path_factory: Any, key: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "unknown.yaml"
+    path.write_text("")
+    for section in ("", "train.", "dataset."):
+        if f"{section}{key}" not in leaves():
+            with pytest.raises(UserError, match="unknown config key"):
+                load(str(path), [f"{section}{key}=1"])
+
+
+# --- files that are no config -----------------------------------------------------------------
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.yaml"):
+        load(str(tmp_path / "nowhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a\n- b\n",
+        "3\n",
+        "train: [\n",
+        "seed: 1\nseed: 2\n",
+        "train: null\n",
+        "train: 3\n",
+        "datasets: null\n",
+        "datasets: [3]\n",
+        "datasets: {path: x}\n",
+        "teacher: {weights: [1]}\n",
+        "queries: {sources: log}\n",
+        "seed: ${nowhere}\n",
+        "seed: {a: 1}\n",
+    ],
+)
+def test_a_file_of_the_wrong_form_is_named(path: Path, text: str) -> None:
+    assert path.name in error_of(path, text=text)
+
+
+def test_a_file_that_is_not_text_is_named(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match=path.name):
+        load(str(path))
+
+
+@pytest.mark.parametrize("override", ["train.max_epochs", "--help", ""])
+def test_an_override_without_an_equal_sign_is_named(path: Path, override: str) -> None:
+    assert f"'{override}'" in error_of(path, override)
+
+
+def test_an_override_of_a_list_entry_is_an_error_of_the_user(path: Path) -> None:
+    assert "datasets" in error_of(path, "datasets.0.path=x")
+
+
+# --- wrong values -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=abc",
+        "seed=1.5",
+        "seed=null",
+        "dataset.titles=maybe",
+        "dataset.path=null",
+        "groups.list_size=many",
+        "groups.list_size=null",
+        "train.learning_rate=fast",
+        "teacher.weights.late=heavy",
+        "compute.workers=true",
+        "retrieve.retrievers=null",
+        "dataset=demo",
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_key(path: Path, override: str) -> None:
+    assert override.partition("=")[0] in error_of(path, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "known"),
+    [
+        ("queries.sources=[log,guess]", ["log", "extractive", "llm"]),
+        ("retrieve.retrievers=[dense,colbert]", ["dense", "bm25"]),
+        ("teacher.kind=oracle", ["embedded", "cross_encoder"]),
+        ("evaluate.systems=[bm25,human]", ["bm25", "teacher"]),
+        ("compute.precision=float16", ["float32", "bfloat16"]),
+        ("teacher.weights.splade=1", ["late", "bm25", "dense"]),
+    ],
+)
+def test_an_unknown_choice_lists_the_known_ones(
+    path: Path, override: str, known: list[str]
+) -> None:
+    said = error_of(path, override)
+    assert override.partition("=")[0].removesuffix(".splade") in said
+    assert all(choice in said for choice in known)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "groups.list_size=1",
+        "teacher.depth=19",
+        "retrieve.depth=49",
+        "retrieve.retrievers=[bm25]",
+        "retrieve.retrievers=[]",
+        "teacher.kind=cross_encoder",
+        "train.dev_share=0",
+        "train.dev_share=1",
+        "compute.workers=0",
+        "compute.logical_cpus=0",
+        "compute.cpus_per_worker=-1",
+        "compute.token_budget=0",
+    ],
+)
+def test_values_that_contradict_each_other_name_the_key(path: Path, override: str) -> None:
+    section, _, rest = override.partition(".")
+    named = "teacher.model" if rest.startswith("kind") else override.partition("=")[0]
+    assert named in error_of(path, override)
+
+
+def test_bm25_can_only_be_evaluated_where_it_retrieves(path: Path) -> None:
+    assert "evaluate.systems" in error_of(path, "retrieve.retrievers=[dense]")
+    assert load(str(path), ["retrieve.retrievers=[dense]", "evaluate.systems=[teacher]"])
+
+
+def test_values_on_the_edge_are_accepted(path: Path) -> None:
+    config = load(
+        str(path),
+        [
+            "groups.list_size=2",
+            "teacher.depth=2",
+            "retrieve.depth=2",
+            "train.dev_share=0.01",
+            "compute.token_budget=1",
+            "teacher.kind=cross_encoder",
+            "teacher.model=x",
+        ],
+    )
+    assert (config.groups.list_size, config.teacher.depth, config.retrieve.depth) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "dataset.max_queries=0",
+        "dataset.max_queries=-1",
+        "dataset.split=train:2",
+        "dataset.dev_split=train:x",
+        "queries.sources=[]",
+        "queries.max_queries=0",
+        "queries.max_words=0",
+        "queries.extractive_per_passage=0",
+        "queries.extractive_per_passage=4",
+        "queries.extractive_max=-1",
+        "student.max_query_tokens=0",
+        "student.max_passage_tokens=-1",
+        "retrieve.rrf_k=-1",
+        "teacher.weights={late: -1}",
+        "teacher.weights={late: 0, bm25: 0}",
+        "teacher.max_tokens=0",
+        "groups.source_rank=0",
+        "groups.lower_percentile=-1",
+        "groups.upper_percentile=101",
+        "groups.upper_percentile=1",
+        "groups.min_positive_percentile=101",
+        "groups.false_negative_ratio=-0.1",
+        "train.batch_queries=0",
+        "train.max_epochs=-1",
+        "train.patience=-1",
+        "train.learning_rate=0",
+        "train.learning_rate=nan",
+        "train.weight_decay=-1",
+        "train.clip_norm=0",
+        "train.min_warmup_steps=-1",
+        "train.lr_floor=2",
+        "train.teacher_temperature=0",
+        "train.student_temperature=0",
+        "train.infonce_temperature=-1",
+        "train.infonce_weight=-1",
+        "train.chunk_tokens=0",
+        "train.checkpoint_minutes=-1",
+        "compute.threads=0",
+        "compute.gpus_per_worker=-1",
+    ],
+)
+def test_a_value_that_cannot_be_what_it_must_be_names_its_key(path: Path, override: str) -> None:
+    said = error_of(path, override)
+    assert override.partition("=")[0] in said

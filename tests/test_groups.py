@@ -1,0 +1,171 @@
+"""From raw scores to lists: the papers' rules, recomputed by hand."""
+
+import numpy as np
+import oracles
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from retrieval_ray.groups import Group, Pool, Scale, best, build, combine, inconsistency, standardise
+
+# quarters: exact in binary, negative and tied scores in most examples
+RAW = st.integers(-40, 40).map(lambda n: n / 4)
+
+
+@st.composite
+def pools(draw, min_size=1, log=False):
+    scores = draw(st.lists(RAW, min_size=min_size, max_size=12))
+    ids = [f"p{n}" for n in draw(st.permutations(range(len(scores))))]
+    source = None if log else draw(st.sampled_from(ids))
+    return Pool("q", "title", source, ids, np.array(scores))
+
+
+def _scale(scores, low=0.0, high=100.0, floor=None):
+    return Scale.of(
+        np.asarray(scores, dtype=float),
+        lower_percentile=low,
+        upper_percentile=high,
+        min_positive_percentile=floor,
+    )
+
+
+def _built(pool, scale, list_size=4, ratio=0.6):
+    group = build(pool, scale, list_size=list_size, false_negative_ratio=ratio)
+    assert isinstance(group, Group)
+    return group
+
+
+@given(pools(), st.integers(1, 12))
+def test_a_list_is_the_positive_then_the_head_of_the_ranking_by_teacher_score(pool, list_size):
+    group = _built(pool, _scale(pool.scores_N), list_size)
+    assert group.passage_ids[0] == pool.source_id
+    assert pool.source_id not in group.passage_ids[1:]
+    assert pool.source_id not in group.excluded_ids
+    head = [passage for passage in pool.passage_ids if passage != pool.source_id][: list_size - 1]
+    raw = dict(zip(pool.passage_ids, pool.scores_N, strict=True))
+    assert group.passage_ids[1:] == sorted(head, key=lambda p: (-raw[p], p))
+    normal = dict(zip(pool.passage_ids, _scale(pool.scores_N).apply(pool.scores_N), strict=True))
+    assert group.teacher_scores_K.tolist() == [normal[passage] for passage in group.passage_ids]
+
+
+@given(pools(), RAW, RAW, st.sampled_from([0.6, 0.5, 0.95]))
+def test_the_60_percent_rule_is_the_raw_rule_between_the_percentiles(pool, low, high, ratio):
+    """s > P1 + 0.6 (s_pos - P1), on scores cut to [P1, P99]; also where all are negative."""
+    assume(low < high)
+    group = _built(pool, Scale(low, high, -np.inf), ratio=ratio)
+    cut = np.clip(pool.scores_N, low, high)
+    limit = low + ratio * (cut[pool.passage_ids.index(pool.source_id)] - low)
+    for passage, score in zip(pool.passage_ids, cut, strict=True):
+        if passage != pool.source_id and abs(score - limit) > 1e-9:
+            assert (passage in group.excluded_ids) == (score > limit), (passage, score, limit)
+
+
+def test_the_60_percent_rule_is_strict_and_reaches_beyond_the_list():
+    ids = ["pos", "over", "at", "under", "far"]
+    pool = Pool("q", "log", "pos", ids, np.array([0.0, -3.9, -4.0, -4.1, -1.0]))
+    group = _built(pool, Scale(-10.0, 0.0, -np.inf), list_size=3)
+    assert group.passage_ids == ["pos", "over", "at"]
+    assert group.excluded_ids == ["far", "over"]  # 0.9 and 0.61 of the positive; 0.6 stays
+
+
+@given(pools(min_size=2), st.sampled_from([0.25, 1.0, 8.0]), RAW)
+def test_lists_do_not_change_when_raw_scores_are_shifted_and_scaled(pool, factor, shift):
+    # range of the scores as the scale, and a ratio of a half: nothing is rounded
+    moved = Pool(pool.query_id, pool.kind, pool.source_id, pool.passage_ids, pool.scores_N * factor + shift)
+    before = _built(pool, _scale(pool.scores_N), ratio=0.5)
+    after = _built(moved, _scale(moved.scores_N), ratio=0.5)
+    assert after.passage_ids == before.passage_ids
+    assert after.excluded_ids == before.excluded_ids
+    np.testing.assert_allclose(after.teacher_scores_K, before.teacher_scores_K, atol=1e-12)
+
+
+@given(st.lists(RAW, min_size=1, max_size=50), st.floats(0, 40), st.floats(60, 100))
+def test_normalisation_is_between_global_percentiles(scores, low, high):
+    scale = _scale(scores, low, high, floor=25.0)
+    bottom, top = oracles.percentile(scores, low), oracles.percentile(scores, high)
+    np.testing.assert_allclose([scale.low, scale.high], [bottom, top], atol=1e-12)
+    assert scale.min_positive == pytest.approx(oracles.percentile(scores, 25.0))
+    assume(top > bottom)
+    expected = [min(max((s - bottom) / (top - bottom), 0.0), 1.0) for s in scores]
+    np.testing.assert_allclose(scale.apply(np.array(scores)), expected, atol=1e-9)
+
+
+def test_a_scale_without_width_gives_finite_scores_in_range():
+    normal = _scale([3.0, 3.0, 3.0]).apply(np.array([2.0, 3.0, 4.0]))
+    assert ((normal >= 0) & (normal <= 1)).all()
+
+
+@given(pools(log=True))
+def test_a_log_query_takes_the_teachers_first(pool):
+    first = oracles.top_k(list(zip(pool.passage_ids, pool.scores_N, strict=True)), 1)[0][0]
+    assert pool.passage_ids[best(pool)] == first
+    group = _built(pool, _scale(pool.scores_N))
+    assert group.passage_ids[0] == first
+    assert first not in group.excluded_ids
+
+
+def test_a_positive_below_the_floor_is_dropped_and_one_at_the_floor_kept():
+    scale = _scale([0.0, 1.0, 2.0, 3.0, 4.0], floor=25.0)
+    low = Pool("q", "title", "a", ["a", "b"], np.array([0.99, 0.0]))
+    dropped = build(low, scale, list_size=2, false_negative_ratio=0.6)
+    assert isinstance(dropped, tuple) and dropped[0] == "low_positive"
+    at = Pool("q", "title", "a", ["a", "b"], np.array([1.0, 0.0]))
+    assert isinstance(build(at, scale, list_size=2, false_negative_ratio=0.6), Group)
+
+
+@pytest.mark.parametrize(
+    ("source", "dense", "judged", "scores", "first", "reason"),
+    [
+        ("a", "abc", "abc", (3, 2, 1), True, None),
+        ("b", "abc", "abc", (3, 4, 1), True, None),  # second in the ranking, first for the teacher
+        ("c", "abc", "abc", (1, 2, 3), True, "not_retrieved"),  # below rank 2
+        ("x", "abc", "abc", (3, 2, 1), True, "not_retrieved"),
+        ("b", "abc", "acd", (3, 2, 1), True, "not_judged"),
+        ("b", "abc", "abc", (3, 2, 1), True, "not_first"),
+        ("b", "abc", "abc", (3, 2, 1), False, None),
+        ("b", "abc", "abc", (2, 2, 1), True, "not_first"),  # a tie goes to the smaller id
+        ("a", "abc", "ab", (3, 2), True, "short_list"),
+        (None, "abc", "abc", (1, 2, 3), True, None),
+        (None, "abc", "ab", (1, 2), True, "short_list"),
+        (None, "", "", (), True, "short_list"),
+    ],
+)
+def test_reasons_for_dropping_a_query(source, dense, judged, scores, first, reason):
+    pool = Pool("q", "title", source, list(judged), np.array(scores, dtype=float))
+    verdict = inconsistency(
+        pool, {"dense": list(dense)}, list_size=3, source_rank=2, require_first=first
+    )
+    assert (verdict[0] if verdict else None) == reason
+
+
+def test_every_retriever_must_have_found_the_source():
+    pool = Pool("q", "title", "a", ["a", "b"], np.array([2.0, 1.0]))
+    rankings = {"dense": ["a", "b"], "bm25": ["b", "a"]}
+    arguments = {"list_size": 2, "require_first": True}
+    assert inconsistency(pool, rankings, source_rank=2, **arguments) is None
+    reason, detail = inconsistency(pool, rankings, source_rank=1, **arguments)
+    assert reason == "not_retrieved" and "bm25" in detail
+
+
+@given(st.floats(-1e6, 1e6, width=32), st.integers(1, 60))
+def test_equal_scores_standardise_to_zeros(value, count):
+    assert not standardise(np.full(count, value)).any()
+
+
+@given(st.lists(RAW, min_size=2, max_size=20), st.floats(0.1, 10), RAW)
+def test_standardising_forgets_shift_and_scale(scores, factor, shift):
+    scores = np.array(scores)
+    assume(scores.std() > 0)
+    standard = standardise(scores)
+    np.testing.assert_allclose([standard.mean(), standard.std()], [0, 1], atol=1e-9)
+    np.testing.assert_allclose(standardise(factor * scores + shift), standard, atol=1e-7)
+
+
+def test_teachers_are_averaged_by_weight_after_standardising():
+    late, bm25, dense = np.array([1.0, 3.0]), np.array([50.0, 10.0]), np.array([0.7, 0.1])
+    teachers = {"late": late, "bm25": bm25, "dense": dense}
+    mixed = combine(teachers, {"late": 3.0, "bm25": 1.0})  # -1, 1 and 1, -1; dense has no weight
+    np.testing.assert_allclose(mixed, [-0.75 + 0.25, 0.75 - 0.25])
+    assert combine({"late": late}, {"late": 0.3}) is late  # raw: comparable across queries
+    with pytest.raises(ValueError, match="sum to 0"):
+        combine(teachers, {"other": 1.0})
