@@ -46,12 +46,9 @@ def pipeline(context: Context, until: str | None) -> str | None:
     queries = [generate.run(context, datasets[i], sources[i], corpora[i]) for i in everyone]
     if until == "queries":
         return None
-    passages = [
-        encode.run(context, corpora[i], "passage", f"encoding '{names[i]}'") for i in everyone
-    ]
+    passages = [encode.run(context, corpora[i], "passage", f"encoding '{names[i]}'") for i in everyone]
     vectors = [
-        encode.run(context, queries[i], "query", f"encoding queries of '{names[i]}'")
-        for i in everyone
+        encode.run(context, queries[i], "query", f"encoding queries of '{names[i]}'") for i in everyone
     ]
     if until == "encode":
         return None
@@ -134,10 +131,7 @@ def pipeline(context: Context, until: str | None) -> str | None:
     stages = [{**kept, "evaluate": evaluated[i]} for i, kept in enumerate(stages)]
     where = results.write(
         context,
-        [
-            results.Outcome(names[i], datasets[i].split, stages[i], groups[i], evaluated[i])
-            for i in everyone
-        ],
+        [results.Outcome(names[i], datasets[i].split, stages[i], groups[i], evaluated[i]) for i in everyone],
         trained,
     )
     say(f"report: {config.output_dir}/report.html, model: {config.output_dir}/model")

@@ -9,9 +9,7 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 
-def epoch_batches(
-    sizes: Sequence[int], batch: int, *, seed: int, epoch: int
-) -> list[tuple[int, Indices]]:
+def epoch_batches(sizes: Sequence[int], batch: int, *, seed: int, epoch: int) -> list[tuple[int, Indices]]:
     """The batches of one epoch as (corpus, indices into its lists), the same for the same seed.
 
     Each batch holds one corpus only; corpora take turns until each is exhausted (method of the

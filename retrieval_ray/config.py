@@ -146,7 +146,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     if not Path(path).is_file():
         raise UserError(f"no such config file: {path}")
     try:
-        given = OmegaConf.load(path)
+        given: Any = OmegaConf.load(path)
         for override in overrides:
             if "=" not in override:
                 raise UserError(f"'{override}' is not of the form key=value")

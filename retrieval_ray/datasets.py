@@ -292,9 +292,7 @@ def _tsv_qrels(path: Path) -> Iterator[Judgement]:
                 query_id, passage_id, relevance = row
                 yield where, query_id, passage_id, int(float(relevance))
             except ValueError as error:
-                raise UserError(
-                    f"{where}: needs query-id, corpus-id and a score, tab-separated"
-                ) from error
+                raise UserError(f"{where}: needs query-id, corpus-id and a score, tab-separated") from error
 
 
 def _judgement_of(row: dict[str, Any], where: str) -> tuple[str, str, int]:

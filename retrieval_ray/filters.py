@@ -36,11 +36,7 @@ def near_duplicates(texts: Iterable[tuple[str, str]]) -> list[Reject]:
     ]
     dropped = {key for key, _, _ in rejects}
     for reverse in (False, True):
-        rows = [
-            (text[::-1] if reverse else text, key)
-            for key, text in normal.items()
-            if key not in dropped
-        ]
+        rows = [(text[::-1] if reverse else text, key) for key, text in normal.items() if key not in dropped]
         rows.sort(key=lambda row: row[1], reverse=True)  # of equal texts the smallest id stays last
         rows.sort(key=lambda row: row[0])
         for at, (text, key) in enumerate(rows):
@@ -76,6 +72,4 @@ def query_rejects(
 
 
 def _fold(text: str) -> str:
-    return " ".join(
-        regex.findall(r"[\p{L}\p{N}\p{M}]+", unicodedata.normalize("NFKC", text).lower())
-    )
+    return " ".join(regex.findall(r"[\p{L}\p{N}\p{M}]+", unicodedata.normalize("NFKC", text).lower()))

@@ -91,9 +91,7 @@ def fit(
     per_epoch = len(epoch_batches(sizes, batch, seed=settings.seed, epoch=1))
     total = per_epoch * settings.max_epochs
     parameters = [p for p in student.model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     progress = _resume(student, optimiser, folder)
     saved_at = time.monotonic()
 
@@ -231,9 +229,7 @@ def scores_of_lists(
 ) -> Tensor:
     """student_BK: cosines of each query with its own list, float64, no graph."""
     unique = unique_passages(lists.passage_ids)
-    queries_BD, passages_ND = _embed(
-        student, list(lists.query_ids), unique.passage_ids, rows, chunk_tokens
-    )
+    queries_BD, passages_ND = _embed(student, list(lists.query_ids), unique.passage_ids, rows, chunk_tokens)
     index_BK = torch.from_numpy(unique.index_BK)
     return torch.einsum("bd,bkd->bk", queries_BD, passages_ND[index_BK])
 

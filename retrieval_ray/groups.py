@@ -39,7 +39,8 @@ def standardise(scores_N: Scores) -> Scores:
     deviation = float(scores_N.std())
     if deviation < 1e-12:
         return np.zeros_like(scores_N)
-    return (scores_N - scores_N.mean()) / deviation
+    standard: Scores = (scores_N - scores_N.mean()) / deviation
+    return standard
 
 
 def combine(teachers: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
@@ -150,9 +151,7 @@ def build(
         return "low_positive", f"{pool.scores_N[positive]:.4g} < {scale.min_positive:.4g}"
     normal_N = scale.apply(pool.scores_N)
     others = [i for i in range(len(pool.passage_ids)) if i != positive]
-    negatives = sorted(
-        others[: list_size - 1], key=lambda i: (-pool.scores_N[i], pool.passage_ids[i])
-    )
+    negatives = sorted(others[: list_size - 1], key=lambda i: (-pool.scores_N[i], pool.passage_ids[i]))
     chosen = [positive, *negatives]
     limit = false_negative_ratio * normal_N[positive]
     return Group(

@@ -50,9 +50,7 @@ def infonce(
     return (torch.logsumexp(candidates_BN, dim=1) - positive).mean()
 
 
-def calibrate_temperature(
-    student_BK: Tensor, teacher_BK: Tensor, *, teacher_temperature: float
-) -> float:
+def calibrate_temperature(student_BK: Tensor, teacher_BK: Tensor, *, teacher_temperature: float) -> float:
     """The student temperature at which the untouched student is nearest to the teacher.
 
     Minimises listwise_kl over tau_s by golden-section search on log tau_s in [0.005, 2]. Only

@@ -1,6 +1,6 @@
 """Retrieval metrics per query (trec_eval's, through pytrec_eval) and what differences are worth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +25,7 @@ def per_query(
     binary = pytrec_eval.RelevanceEvaluator(
         judged, {"recall.100", "map_cut.100"}, relevance_level=relevance_threshold
     )
-    first_ten = pytrec_eval.RelevanceEvaluator(
-        judged, {"recip_rank"}, relevance_level=relevance_threshold
-    )
+    first_ten = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}, relevance_level=relevance_threshold)
     ranked = {q: _as_scores(run.get(q, ())) for q in judged}
     by_ndcg, by_recall = graded.evaluate(ranked), binary.evaluate(ranked)
     by_mrr = first_ten.evaluate({q: _as_scores(run.get(q, ())[:10]) for q in judged})
@@ -90,12 +88,13 @@ def paired_difference(
 
 
 def _signs(rng: np.random.Generator, rows: int, columns: int) -> npt.NDArray[np.float64]:
-    return rng.integers(0, 2, (rows, columns)) * 2.0 - 1.0
+    return 2.0 * rng.integers(0, 2, (rows, columns)).astype(np.float64) - 1.0
 
 
-def _blocks(rounds: int, draw: object, block: int = 500) -> npt.NDArray[np.float64]:
+def _blocks(
+    rounds: int, draw: Callable[[int], npt.NDArray[np.float64]], block: int = 500
+) -> npt.NDArray[np.float64]:
     """Draw in blocks, so that many queries times many rounds need little memory."""
-    assert callable(draw)
     return np.concatenate([draw(min(block, rounds - at)) for at in range(0, rounds, block)])
 
 

@@ -55,9 +55,7 @@ def page(
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width'>"
         f"<title>retrieval_ray: {html.escape(names)}</title><style>{_STYLE}</style>"
-        f"<h1>{html.escape(names)}: base and adapted retriever</h1>"
-        + "".join(sections)
-        + "</html>\n"
+        f"<h1>{html.escape(names)}: base and adapted retriever</h1>" + "".join(sections) + "</html>\n"
     )
 
 
@@ -154,8 +152,7 @@ def _per_query(ax: Axes, facts: Facts) -> None:
     ax.bar(range(len(change)), change, width=1.0, color=_COLOURS["adapted"])
     ax.axhline(0, color="#57606a", linewidth=0.8)
     ax.set_title(
-        f"Change of nDCG@10 per query: {better} better, {worse} worse, "
-        f"{len(change) - better - worse} equal"
+        f"Change of nDCG@10 per query: {better} better, {worse} worse, {len(change) - better - worse} equal"
     )
     ax.set_xlabel("judged queries, sorted")
 

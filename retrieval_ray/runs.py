@@ -39,4 +39,5 @@ def exact_dot(
 ) -> npt.NDArray[np.float64]:
     """Dot products in float64, each pair by itself: the same number in any batch or shard."""
     products: npt.NDArray[np.float64] = passages_ND.astype(np.float64) * query_D.astype(np.float64)
-    return products.sum(axis=1)
+    summed: npt.NDArray[np.float64] = products.sum(axis=1)
+    return summed

@@ -44,9 +44,7 @@ class ScoreCache:
                     known.update(zip(keys, scores, strict=True))
         return known
 
-    def write(
-        self, bucket: int, buckets: int, keys: Sequence[bytes], scores: Sequence[float]
-    ) -> None:
+    def write(self, bucket: int, buckets: int, keys: Sequence[bytes], scores: Sequence[float]) -> None:
         """Commit one part's new scores."""
         if not keys:
             return

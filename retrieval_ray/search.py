@@ -24,7 +24,7 @@ class Shard:
     def __init__(self, passage_ids: Sequence[str], vectors_ND: Vectors) -> None:
         self.passage_ids = list(passage_ids)
         self.vectors_ND = vectors_ND
-        index = faiss.IndexFlatIP(vectors_ND.shape[1])
+        index: faiss.Index = faiss.IndexFlatIP(vectors_ND.shape[1])
         if hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0:
             index = faiss.index_cpu_to_all_gpus(index)
         index.add(np.ascontiguousarray(vectors_ND, dtype=np.float32))

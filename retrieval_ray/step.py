@@ -1,9 +1,9 @@
 """One training step without Ray: each different passage encoded once, across workers.
 
-Every text of the step has one owner rank. Chunks are cut over the whole batch and dealt to ranks, so
-what is computed together does not depend on how many ranks there are. Embeddings are gathered, every
-rank computes the same loss, takes the gradient of its own embeddings back through its own chunks, and
-parameter gradients are summed once.
+Every text of the step has one owner rank. Chunks are cut over the whole batch and dealt to ranks,
+so what is computed together does not depend on how many ranks there are. Embeddings are gathered,
+every rank computes the same loss, takes the gradient of its own embeddings back through its own
+chunks, and parameter gradients are summed once.
 """
 
 from collections.abc import Callable, Sequence
@@ -155,7 +155,7 @@ def training_step(
     assert leaf_MD.grad is not None
     backward(leaf_MD.grad)
     return {
-        **{name: float(value) for name, value in terms.items()},
+        **{name: float(value.detach()) for name, value in terms.items()},
         "passages": float(unique.index_BK.size),
         "encoded": float(len(unique.passage_ids)),
     }

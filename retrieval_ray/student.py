@@ -112,9 +112,7 @@ class Student:
             vectors[chunk] = self.embed([rows[i] for i in chunk], role).cpu().numpy()
         return vectors
 
-    def encode(
-        self, texts: Sequence[str], role: Role, *, token_budget: int
-    ) -> npt.NDArray[np.float32]:
+    def encode(self, texts: Sequence[str], role: Role, *, token_budget: int) -> npt.NDArray[np.float32]:
         """Embeddings_ND of texts, in their order; batches are cut by tokens after sorting."""
         return self.encode_tokens(self.tokenize(texts, role), role, token_budget=token_budget)
 

@@ -1,7 +1,8 @@
 """Teachers: raw scores of (query, passage) pairs. Each is a pure function of the two texts.
 
-The embedded default needs no download: ``late`` (token embeddings of the student, below), ``bm25``
-(bm25.py) and ``dense`` (the student's own cosine), weighted in groups.py. A cross-encoder replaces it.
+The embedded default needs no download: ``late`` (token embeddings of the student, below),
+``bm25`` (bm25.py) and ``dense`` (the student's own cosine), weighted in groups.py. A cross-encoder
+replaces it.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def late_interaction(queries_TD: Sequence[Tensor], passage_TD: Tensor) -> list[f
     if len(passage_TD) == 0 or not sum(lengths):
         return [0.0] * len(lengths)
     best = (torch.cat([q for q in queries_TD if len(q)]) @ passage_TD.T).amax(dim=1)
-    pieces = best.split([n for n in lengths if n])
+    pieces = torch.split(best, [n for n in lengths if n])
     scores = iter(float(piece.mean()) for piece in pieces)
     return [next(scores) if n else 0.0 for n in lengths]
 
@@ -60,9 +61,7 @@ class CrossEncoderTeacher:
         own = self.model.max_length
         self.model.max_length = min(max_tokens, own) if own else max_tokens
 
-    def score(
-        self, pairs: Sequence[tuple[str, str]], *, batch_size: int = 32
-    ) -> npt.NDArray[np.float32]:
+    def score(self, pairs: Sequence[tuple[str, str]], *, batch_size: int = 32) -> npt.NDArray[np.float32]:
         """Raw logits of (query, passage) pairs, in their order."""
         scores = self.model.predict(
             list(pairs),

@@ -1,4 +1,4 @@
-"""What the tests share: offline tiny random models, Hypothesis without a clock, two threads.
+"""What the tests share: offline tiny random models, Hypothesis without a clock, one thread.
 
 The models are folders as users have them (safetensors, tokenizer, pooling), small enough to load in
 a fraction of a second. Their weights are drawn wide, so that different texts differ.
@@ -16,9 +16,7 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-settings.register_profile(
-    "suite", max_examples=50, deadline=None, derandomize=True, database=None
-)
+settings.register_profile("suite", max_examples=50, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", max_examples=300, deadline=None, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
@@ -29,10 +27,11 @@ _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'-"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
+def one_thread() -> None:
+    """A second thread makes models this small several times slower on a shared machine."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -81,14 +80,10 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def make_student(
-    bert_folder: str, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., str]:
+def make_student(bert_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """A function that writes a sentence-transformers folder around that BERT."""
 
-    def make(
-        *, include_prompt: bool = True, normalize: bool = True, mode: str = "mean", **more: Any
-    ) -> str:
+    def make(*, include_prompt: bool = True, normalize: bool = True, mode: str = "mean", **more: Any) -> str:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import (
             Normalize,

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 Row = tuple[str, float]
@@ -65,23 +64,24 @@ def listwise_kl(
 
 def infonce(
     queries: Tensor,
-    passages: Mapping[str, Tensor],
+    vectors: Sequence[Sequence[Tensor]],
     lists: Sequence[Sequence[str]],
     excluded: Sequence[Sequence[str]],
     temperature: float,
 ) -> Tensor:
     """InfoNCE where the candidates are the rows of all lists, a repeated passage repeated.
 
-    A query leaves out rows of excluded ids and of its own positive, which counts once.
+    A query leaves out rows of excluded ids and of its own positive, which counts once. vectors: one
+    for each place of each list.
     """
     losses = []
-    for query, own, left_out in zip(queries, lists, excluded, strict=True):
-        positive = ((query * passages[own[0]]).sum() / temperature).exp()
+    for query, own, own_vectors, left_out in zip(queries, lists, vectors, excluded, strict=True):
+        positive = ((query * own_vectors[0]).sum() / temperature).exp()
         below = positive
-        for row in lists:
-            for passage in row:
+        for row, row_vectors in zip(lists, vectors, strict=True):
+            for passage, vector in zip(row, row_vectors, strict=True):
                 if passage != own[0] and passage not in left_out:
-                    below = below + ((query * passages[passage]).sum() / temperature).exp()
+                    below = below + ((query * vector).sum() / temperature).exp()
         losses.append(-(positive / below).log())
     return sum(losses) / len(losses)
 
@@ -139,7 +139,6 @@ def late_interaction(query: Tensor, passage: Tensor) -> float:
     if len(query) == 0 or len(passage) == 0:
         return 0.0
     best = [
-        max(sum(a * b for a, b in zip(q.tolist(), p.tolist(), strict=True)) for p in passage)
-        for q in query
+        max(sum(a * b for a, b in zip(q.tolist(), p.tolist(), strict=True)) for p in passage) for q in query
     ]
     return sum(best) / len(best)

@@ -34,9 +34,7 @@ TABLE = pa.table({"id": ["a", "b", "c"], "score": [0.5, -1.0, 2.0]})
 # JSON values that are equal in Python exactly when they are the same JSON (no 1 == True == 1.0).
 JSON = st.recursive(
     st.none() | st.integers(-9, 9) | st.text(max_size=3),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=4),
     max_leaves=12,
 )
 IDENTITIES = st.dictionaries(st.text(max_size=3), JSON, max_size=4)
@@ -190,9 +188,10 @@ def test_copy_to_carries_a_folder_to_another_filesystem(kind: str, tmp_path: Pat
         assert (target / "model" / "sub" / "config").read() == b"c"
 
 
-def test_a_local_arrow_file_is_mapped_not_read(tmp_path: Path) -> None:
+def test_a_local_arrow_file_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Location.of(str(tmp_path)) / "t.arrow"
     place.write_table(pa.table({"text": ["x" * 100] * 20_000}))  # 2 MB
+    monkeypatch.setattr(Location, "read", lambda self: pytest.fail("the file was read"))
     before = pa.total_allocated_bytes()
     table = place.read_table()
     assert table.num_rows == 20_000
@@ -311,9 +310,7 @@ def test_fingerprint_does_not_depend_on_key_order_or_place(identity: dict[str, A
 
 @given(IDENTITIES, IDENTITIES)
 @settings(max_examples=100, deadline=None)
-def test_fingerprint_differs_where_the_identity_differs(
-    one: dict[str, Any], other: dict[str, Any]
-) -> None:
+def test_fingerprint_differs_where_the_identity_differs(one: dict[str, Any], other: dict[str, Any]) -> None:
     store = Location.of("/tmp/a")
     same = stage(store, "score", one).folder.path == stage(store, "score", other).folder.path
     assert same == (one == other)

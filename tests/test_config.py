@@ -126,9 +126,7 @@ def test_file_and_overrides_say_the_same(tmp_path_factory: Any, given: dict[str,
     from_file = load(str(path))
     path.write_text("")
     flat = [
-        f"{key}={json.dumps(value)}"
-        if not isinstance(value, dict)
-        else f"{key}.{inner}={json.dumps(v)}"
+        f"{key}={json.dumps(value)}" if not isinstance(value, dict) else f"{key}.{inner}={json.dumps(v)}"
         for key, value in given.items()
         for inner, v in (value.items() if isinstance(value, dict) else [("", None)])
     ]
@@ -168,9 +166,7 @@ def test_a_misspelt_key_gives_the_right_one(path: Path, key: str) -> None:
         ("list_size", "groups.list_size"),
     ],
 )
-def test_a_key_in_the_wrong_section_gives_the_right_section(
-    path: Path, wrong: str, right: str
-) -> None:
+def test_a_key_in_the_wrong_section_gives_the_right_section(path: Path, wrong: str, right: str) -> None:
     assert f"'{right}'" in error_of(path, f"{wrong}=1")
 
 
@@ -276,9 +272,7 @@ def test_a_value_of_the_wrong_type_names_its_key(path: Path, override: str) -> N
         ("teacher.weights.splade=1", ["late", "bm25", "dense"]),
     ],
 )
-def test_an_unknown_choice_lists_the_known_ones(
-    path: Path, override: str, known: list[str]
-) -> None:
+def test_an_unknown_choice_lists_the_known_ones(path: Path, override: str, known: list[str]) -> None:
     said = error_of(path, override)
     assert override.partition("=")[0].removesuffix(".splade") in said
     assert all(choice in said for choice in known)

@@ -13,9 +13,7 @@ from retrieval_ray.filters import near_duplicates, normalise, query_rejects
 # Long enough to stay (10 letters), and built of few pieces, so that many contain each other.
 PIECES = ("lorem ipsum ", "dolor sit amet ", "ünïcode text ", "42 ", "Lorem, Ipsum! ", "x")
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
-CORPORA = st.lists(TEXTS, max_size=10).map(
-    lambda texts: [(f"p{i}", t) for i, t in enumerate(texts)]
-)
+CORPORA = st.lists(TEXTS, max_size=10).map(lambda texts: [(f"p{i}", t) for i, t in enumerate(texts)])
 LARGE = st.lists(TEXTS, min_size=12, max_size=60).map(
     lambda texts: [(f"p{i:02}", t) for i, t in enumerate(texts)]
 )
@@ -68,8 +66,7 @@ def test_small_corpora_lose_what_the_quadratic_rule_drops(corpus: list[tuple[str
             key
             for key, text in left.items()
             for other, longer in left.items()
-            if (text == longer and other < key)
-            or (side(text) < side(longer) and side(text) in side(longer))
+            if (text == longer and other < key) or (side(text) < side(longer) and side(text) in side(longer))
         }
         left = {key: text for key, text in left.items() if key not in gone}
     assert kept_of(corpus) == left
@@ -106,9 +103,7 @@ def test_of_every_text_at_most_one_copy_is_kept(corpus: list[tuple[str, str]]) -
 
 @given(LARGE, st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None)
-def test_the_order_of_rows_does_not_matter(
-    corpus: list[tuple[str, str]], rng: random.Random
-) -> None:
+def test_the_order_of_rows_does_not_matter(corpus: list[tuple[str, str]], rng: random.Random) -> None:
     shuffled = list(corpus)
     rng.shuffle(shuffled)
     assert near_duplicates(shuffled) == near_duplicates(corpus)
@@ -152,6 +147,14 @@ def test_a_beginning_and_an_end_go_and_the_whole_stays() -> None:
     }
 
 
+@pytest.mark.parametrize(("between", "dropped"), [(8, True), (9, False)])
+def test_the_window_reaches_the_ninth_neighbour(between: int, dropped: bool) -> None:
+    """A text that stands in the middle of another is found only as near as that, both ways."""
+    corpus = [("in", "b" * 12), ("around", f"z {'b' * 12} z")]
+    corpus += [(f"p{n}", f"c{'defghijkl'[n] * 12}c") for n in range(between)]
+    assert ("in" not in kept_of(corpus)) == dropped
+
+
 def test_ids_that_sort_behind_do_not_win_over_longer_texts() -> None:
     """The id only decides between equal texts; a contained text goes whatever its id."""
     corpus = [("a", "alpha beta gamma"), ("b", "alpha beta gamma delta"), ("c", "ALPHA beta gamma")]
@@ -182,9 +185,7 @@ QUERIES = st.lists(
 
 @given(QUERIES, st.lists(st.sampled_from(["what is IT!", "42"]), max_size=2))
 @settings(max_examples=100, deadline=None)
-def test_query_rejects_agree_with_a_plain_loop(
-    queries: list[tuple[str, str]], taken: list[str]
-) -> None:
+def test_query_rejects_agree_with_a_plain_loop(queries: list[tuple[str, str]], taken: list[str]) -> None:
     def bare(text: str) -> list[str]:
         return re.findall(r"[a-z0-9]+", text.lower())
 

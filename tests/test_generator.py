@@ -80,9 +80,7 @@ def test_an_id_depends_on_the_passage_and_kind_not_on_the_other_passages(
 
 @given(CORPORA, st.lists(st.sampled_from(EXTRACTIVE_KINDS), unique=True).map(tuple))
 @settings(max_examples=50, deadline=None)
-def test_only_the_kinds_asked_for_are_written(
-    passages: list[Passage], kinds: tuple[str, ...]
-) -> None:
+def test_only_the_kinds_asked_for_are_written(passages: list[Passage], kinds: tuple[str, ...]) -> None:
     everything = [w for w in written(passages) if w.kind in kinds]
     assert sorted(written(passages, kinds=kinds), key=str) == sorted(everything, key=str)
 
@@ -120,10 +118,7 @@ def test_the_span_begins_the_sentence_with_the_rarest_words(passages: list[Passa
         for sentence in re.split(r"(?<=\.)\s+", text):
             words = [w.strip(".") for w in sentence.split()]
             if len(words) >= 6:
-                rare = [
-                    0 if w in STOPWORDS else math.log((total + 1) / (frequencies[w] + 1))
-                    for w in words
-                ]
+                rare = [0 if w in STOPWORDS else math.log((total + 1) / (frequencies[w] + 1)) for w in words]
                 scores[sentence] = sum(rare) / len(rare)
         best = max(scores.values(), default=0)
         found = [w.text for w in extractive([(key, "", text)], frequencies, total, kinds=("span",))]

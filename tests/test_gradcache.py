@@ -42,9 +42,7 @@ def _cached(inputs, sizes):
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=7), st.integers(0, 1000))
 def test_any_cut_gives_the_gradient_of_the_whole_batch(sizes, seed):
-    inputs = torch.randn(
-        sum(sizes), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    )
+    inputs = torch.randn(sum(sizes), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     for ours, plain in zip(_cached(inputs, sizes), _plain(inputs), strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-11, rtol=1e-9)
 

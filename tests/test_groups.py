@@ -1,12 +1,12 @@
 """From raw scores to lists: the papers' rules, recomputed by hand."""
 
 import numpy as np
-import oracles
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from retrieval_ray.groups import Group, Pool, Scale, best, build, combine, inconsistency, standardise
+from tests import oracles
 
 # quarters: exact in binary, negative and tied scores in most examples
 RAW = st.integers(-40, 40).map(lambda n: n / 4)
@@ -132,9 +132,7 @@ def test_a_positive_below_the_floor_is_dropped_and_one_at_the_floor_kept():
 )
 def test_reasons_for_dropping_a_query(source, dense, judged, scores, first, reason):
     pool = Pool("q", "title", source, list(judged), np.array(scores, dtype=float))
-    verdict = inconsistency(
-        pool, {"dense": list(dense)}, list_size=3, source_rank=2, require_first=first
-    )
+    verdict = inconsistency(pool, {"dense": list(dense)}, list_size=3, source_rank=2, require_first=first)
     assert (verdict[0] if verdict else None) == reason
 
 

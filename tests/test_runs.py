@@ -1,18 +1,16 @@
 """Rankings: any cut into shards gives the ranking of the whole."""
 
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval_ray.runs import exact_dot, fuse, merge, top_k, without_ids
+from tests import oracles
 
 PASSAGES = st.text("ab01", min_size=1, max_size=3)
 # few different scores, so that most examples have ties
-SHARDED = st.dictionaries(
-    PASSAGES, st.tuples(st.integers(-2, 2).map(float), st.integers(0, 4)), max_size=20
-)
+SHARDED = st.dictionaries(PASSAGES, st.tuples(st.integers(-2, 2).map(float), st.integers(0, 4)), max_size=20)
 
 
 @given(SHARDED, st.integers(1, 25))

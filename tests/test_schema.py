@@ -64,9 +64,7 @@ def test_check_puts_columns_in_order(name: str, data: st.DataObject) -> None:
     data=st.data(),
 )
 @settings(max_examples=100, deadline=None)
-def test_check_names_missing_and_extra_columns(
-    name: str, extra: set[str], data: st.DataObject
-) -> None:
+def test_check_names_missing_and_extra_columns(name: str, extra: set[str], data: st.DataObject) -> None:
     names = schema.TABLES[name].names
     missing = data.draw(st.sets(st.sampled_from(names), min_size=0 if extra else 1))
     table = schema.from_rows(name, [row_of(name)]).drop_columns(sorted(missing))

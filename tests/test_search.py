@@ -1,13 +1,13 @@
 """Exact dense search: FAISS may only propose, float64 decides."""
 
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval_ray.runs import merge
 from retrieval_ray.search import Shard
+from tests import oracles
 
 
 def _naive(passage_ids, vectors, query, k):
@@ -24,9 +24,7 @@ def _unit(rng, rows, dimension):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-@given(
-    st.integers(1, 120), st.integers(1, 130), st.integers(1, 6), st.integers(1, 8), st.integers(0, 99)
-)
+@given(st.integers(1, 120), st.integers(1, 130), st.integers(1, 6), st.integers(1, 8), st.integers(0, 99))
 def test_any_number_of_shards_gives_the_naive_ranking_with_many_exact_ties(
     passages, k, shards, different, seed
 ):
@@ -83,6 +81,13 @@ def test_k_larger_than_the_shard_returns_each_passage_once():
     vectors = np.eye(3, dtype=np.float32)
     (ranking,) = Shard(["c", "b", "a"], vectors).search(vectors[:1], 50)
     assert ranking == [("c", 1.0), ("a", 0.0), ("b", 0.0)]
+
+
+def test_what_faiss_cannot_place_is_left_out():
+    """It returns -1 for a vector of NaN; as a position that would be the last passage, again."""
+    vectors = np.array([[1, 0], [np.nan, 0], [0, 1]], dtype=np.float32)
+    (ranking,) = Shard(["a", "broken", "b"], vectors).search(vectors[:1], 3)
+    assert ranking == [("a", 1.0), ("b", 0.0)]
 
 
 def test_no_queries_and_no_passages():

@@ -44,9 +44,7 @@ def run(context: Context, texts: Stage, role: Role, label: str) -> Stage:
         },
         [{"number": n} for n, name in enumerate(names) if name in missing],
     )
-    context.finish(
-        target, names, buckets=buckets, rows_encoded_last_run=sum(f["rows"] for f in facts)
-    )
+    context.finish(target, names, buckets=buckets, rows_encoded_last_run=sum(f["rows"] for f in facts))
     return target
 
 
@@ -114,9 +112,7 @@ class _Encoder:
         column = pa.FixedSizeListArray.from_arrays(
             pa.array(vectors.astype(np.float16).ravel()), self.student.dimension
         )
-        self.target.write(
-            part_name("vectors", number, "arrow"), pa.table({"id": ids, "vector": column})
-        )
+        self.target.write(part_name("vectors", number, "arrow"), pa.table({"id": ids, "vector": column}))
         return {"rows": len(ids)}
 
 

@@ -40,8 +40,7 @@ def sources_of(queries: QueriesConfig, dataset: DatasetConfig) -> list[str]:
         return ["log"] if has_log else ["extractive"]
     if "log" in queries.sources and not has_log:
         raise UserError(
-            "queries.sources names 'log', and there is none: "
-            "set queries.log_split or queries.log_path"
+            "queries.sources names 'log', and there is none: set queries.log_split or queries.log_path"
         )
     if "llm" in queries.sources:
         raise UserError(
@@ -107,9 +106,7 @@ def run(context: Context, dataset: DatasetConfig, source: Source, corpus: Stage)
         raise UserError(f"dataset '{source.name}': no training query is left; see rejects")
     train_rows = len(rows)
     for name, split in judged.items():
-        rows += [
-            _row(key, text, "judged", name, None, "human") for key, text in split.texts.items()
-        ]
+        rows += [_row(key, text, "judged", name, None, "human") for key, text in split.texts.items()]
     _write(context, target, rows, judged, rejects_table("queries", rejects), train_rows)
     return target
 
@@ -156,9 +153,7 @@ def _extracted(config: QueriesConfig, corpus: Stage, seed: int) -> list[Written]
     return list(extractive(usable, frequencies, total, kinds=kinds))[: config.extractive_max]
 
 
-def _row(
-    query_id: str, text: str, kind: str, split: str, passage_id: str | None, generator: str
-) -> Row:
+def _row(query_id: str, text: str, kind: str, split: str, passage_id: str | None, generator: str) -> Row:
     return {
         "query_id": query_id,
         "text": text,

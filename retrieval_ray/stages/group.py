@@ -78,9 +78,7 @@ def may_train(context: Context, name: str, groups: Stage) -> bool:
     if passed is not False:
         return True
     if not context.config.teacher.gate:
-        say(
-            f"  '{name}': the teacher gate did not pass; training all the same (teacher.gate=false)"
-        )
+        say(f"  '{name}': the teacher gate did not pass; training all the same (teacher.gate=false)")
         return True
     say(
         f"  '{name}': the teacher does not beat the student on the judged dev queries. "
@@ -117,9 +115,7 @@ def _verdict(
         say("  no judged dev queries: the teacher is unproven on this corpus")
         return gate.unproven(fixed or EQUAL_WEIGHTS)
     student = {
-        q: [p for p, _ in ranking]
-        for q, ranking in rankings_of(retrieved, "dense").items()
-        if q in qrels
+        q: [p for p, _ in ranking] for q, ranking in rankings_of(retrieved, "dense").items() if q in qrels
     }
     empty = gate.JudgedPool([], {t: np.zeros(0) for t in next(iter(pools.values())).teachers})
     verdict = gate.judge(

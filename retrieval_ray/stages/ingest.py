@@ -75,8 +75,7 @@ def run(context: Context, dataset: DatasetConfig, source: Source) -> Stage:
     target.write("rejects.parquet", rejects)
     context.finish(
         target,
-        [part_name("corpus", n, "arrow") for n in range(buckets)]
-        + ["duplicates.parquet", "rejects.parquet"],
+        [part_name("corpus", n, "arrow") for n in range(buckets)] + ["duplicates.parquet", "rejects.parquet"],
         rows=len(rows),
         buckets=buckets,
         rejected=rejects.num_rows,

@@ -105,9 +105,7 @@ def _profile(config: Config, known: dict[str, Any]) -> Profile:
     if precision is None:
         precision = probe_precision(device)
         say(f"probed: {device}, {precision}")
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     same_workers = known.get("workers") == compute.workers
     threads = compute.threads or (known.get("threads") if same_workers else None)
     return Profile(

@@ -23,9 +23,7 @@ class PartWorker(Protocol):
 class _Actor:
     """Adapts a PartWorker to ``map_batches``; parts travel as JSON, so Arrow types cannot drift."""
 
-    def __init__(
-        self, worker: type[PartWorker], arguments: Mapping[str, Any], threads: int
-    ) -> None:
+    def __init__(self, worker: type[PartWorker], arguments: Mapping[str, Any], threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS to the actor's num_cpus

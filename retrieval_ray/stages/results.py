@@ -81,9 +81,7 @@ def _systems(values: Measures, adapted: bool) -> Measures:
     return found
 
 
-def _metrics(
-    context: Context, outcome: Outcome, trained: Stage | None, adapted: bool
-) -> dict[str, Any]:
+def _metrics(context: Context, outcome: Outcome, trained: Stage | None, adapted: bool) -> dict[str, Any]:
     systems = _systems(values_of(outcome.evaluated), adapted)
     queries = sorted(systems["base"])
     differences = {
@@ -98,17 +96,14 @@ def _metrics(
     }
     adjusted = holm({metric: d.p for metric, d in differences.items()})
     groups, written = outcome.groups.manifest(), outcome.stages["queries"].manifest()
-    rejected = Counter(written["rejected"]) + Counter(groups["rejected"])
+    rejected: Counter[str] = Counter(written["rejected"]) + Counter(groups["rejected"])
     stages = {**outcome.stages, **({"train": trained} if trained else {})}
     return {
         "dataset": outcome.name,
         "split": outcome.split,
         "queries_judged": len(queries),
         "systems": {system: mean(values) for system, values in systems.items()},
-        "delta": {
-            metric: _difference(d) | {"p_holm": adjusted[metric]}
-            for metric, d in differences.items()
-        },
+        "delta": {metric: _difference(d) | {"p_holm": adjusted[metric]} for metric, d in differences.items()},
         "decision": "adapted" if adapted else "base",
         "gate": groups["gate"],
         "queries": {"kept": groups["kept"], "rejected": dict(sorted(rejected.items()))},
@@ -127,8 +122,7 @@ def _training(trained: Stage | None) -> dict[str, Any] | None:
         return None
     manifest = trained.manifest()
     return {
-        key: manifest[key]
-        for key in ("epoch", "candidate_epoch", "temperatures", "batch_queries", "queries")
+        key: manifest[key] for key in ("epoch", "candidate_epoch", "temperatures", "batch_queries", "queries")
     }
 
 

@@ -69,15 +69,8 @@ def run(
             f"{label}: search",
             _Searcher,
             common,
-            [
-                {"retriever": "dense", "shard": s, "shards": shards, "queries": missing}
-                for s in range(shards)
-            ]
-            + [
-                {"retriever": "bm25", "queries": [number]}
-                for number in missing
-                if "bm25" in retrievers
-            ],
+            [{"retriever": "dense", "shard": s, "shards": shards, "queries": missing} for s in range(shards)]
+            + [{"retriever": "bm25", "queries": [number]} for number in missing if "bm25" in retrievers],
         )
         run_parts(
             context,
@@ -123,7 +116,7 @@ def _rows(rankings: dict[str, Ranking], retriever: str) -> pa.Table:
         for query_id, ranking in rankings.items()
         for rank, (passage_id, score) in enumerate(ranking, start=1)
     ]
-    columns = list(zip(*rows, strict=True)) if rows else [[]] * 5
+    columns: list[Any] = list(zip(*rows, strict=True)) if rows else [()] * 5
     names = schema.TABLES["run"].names
     return pa.table(dict(zip(names, map(list, columns), strict=True)), schema=schema.TABLES["run"])
 
@@ -180,9 +173,7 @@ def bm25_of(corpus: Stage) -> bm25.Bm25:
     """The BM25 index of a corpus stage."""
     buckets = int(corpus.manifest()["buckets"])
     pairs = sorted(
-        pair
-        for number in range(buckets)
-        for pair in zip(*part_texts(corpus, number, "passage"), strict=True)
+        pair for number in range(buckets) for pair in zip(*part_texts(corpus, number, "passage"), strict=True)
     )
     return bm25.Bm25([key for key, _ in pairs], [text for _, text in pairs])
 
@@ -208,9 +199,7 @@ class _Merger:
         number = int(part["number"])
         table = self.queries.read(part_name("queries", number, "parquet"))
         splits = dict(
-            zip(
-                table.column("query_id").to_pylist(), table.column("split").to_pylist(), strict=True
-            )
+            zip(table.column("query_id").to_pylist(), table.column("split").to_pylist(), strict=True)
         )
         by_retriever: dict[str, dict[str, Ranking]] = {}
         for retriever in self.retrievers:
@@ -241,9 +230,7 @@ class _Merger:
     def _cleaned(self, query_id: str, split: str, partial: list[Ranking]) -> Ranking:
         """Training never sees duplicates; a judged query never finds the passage with its own id."""
         left_out = self.duplicates if split == "train" else {query_id} if self.same_id else set()
-        return without_ids(merge(partial, self.depth + len(self.duplicates) + 1), left_out)[
-            : self.depth
-        ]
+        return without_ids(merge(partial, self.depth + len(self.duplicates) + 1), left_out)[: self.depth]
 
     def _read(self, name: str) -> list[tuple[str, Ranking]]:
         table = self.target.read(name)

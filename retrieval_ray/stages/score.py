@@ -148,9 +148,7 @@ def _teacher_id(context: Context, teacher: str, corpus: Stage, cross_encoder: Mo
 def _pool(retrieved: Stage, depth: int) -> pa.Table:
     """The pairs to judge: the head of every fused ranking."""
     table = retrieved.read_all("run-")
-    keep = pc.and_(
-        pc.equal(table.column("retriever"), FUSED), pc.less_equal(table.column("rank"), depth)
-    )
+    keep = pc.and_(pc.equal(table.column("retriever"), FUSED), pc.less_equal(table.column("rank"), depth))
     return table.filter(keep).select(["query_id", "passage_id"])
 
 
@@ -211,9 +209,7 @@ class _ModelScorer:
         number = int(part["number"])
         ids, texts = part_texts(self.corpus, number, "passage")
         text_of = dict(zip(ids, texts, strict=True))
-        mine = self.pool.filter(
-            pc.is_in(self.pool.column("passage_id"), pa.array(ids, pa.string()))
-        )
+        mine = self.pool.filter(pc.is_in(self.pool.column("passage_id"), pa.array(ids, pa.string())))
         pairs = sorted(
             zip(
                 mine.column("passage_id").to_pylist(),
@@ -299,7 +295,5 @@ class _LookupScorer:
                 passages = self.pool.get(query_id, [])
                 scores_found = self.bm25.score(text, passages)
                 rows += [(query_id, p, s) for p, s in zip(passages, scores_found, strict=True)]
-        self.target.write(
-            part_name("scores", number, "parquet"), _scores_table(self.teacher_id, rows)
-        )
+        self.target.write(part_name("scores", number, "parquet"), _scores_table(self.teacher_id, rows))
         return {"judged": len(rows), "cached": 0}

@@ -1,4 +1,4 @@
-"""The train stage: ``fit`` on the workers of a Ray ``TorchTrainer``, checkpoints in the stage folder."""
+"""The train stage: ``fit`` on the workers of a Ray ``TorchTrainer``."""
 
 import tempfile
 import threading
@@ -144,9 +144,7 @@ def _calibrated(context: Context, corpora: list[Trained], lists: list[Lists]) ->
         query_at = {key: n for n, key in enumerate(queries.ids)}
         for query_id, row in zip(part.query_ids, part.passage_ids, strict=True):
             query_D = queries.matrix[query_at[query_id]].astype(np.float64)
-            student.append(
-                passages.matrix[[passage_at[p] for p in row]].astype(np.float64) @ query_D
-            )
+            student.append(passages.matrix[[passage_at[p] for p in row]].astype(np.float64) @ query_D)
         teacher.append(part.teacher_BK)
     return calibrate_temperature(
         torch.from_numpy(np.stack(student)),
@@ -192,7 +190,7 @@ def _trainer(
     context: Context, corpora: list[Trained], settings: Settings, target: Stage, actor: Any
 ) -> TorchTrainer:
     compute = context.config.compute
-    resources = {"CPU": compute.cpus_per_worker}
+    resources: dict[str, float] = {"CPU": compute.cpus_per_worker}
     gpus = context.worker_resources()["num_gpus"]
     if gpus:
         resources["GPU"] = gpus
@@ -274,7 +272,7 @@ class _Steps:
 @contextmanager
 def _step_bar(settings: Settings) -> Iterator[Any]:
     """A progress bar fed by rank 0 while ``fit`` blocks the driver."""
-    actor = _Steps.remote()
+    actor = _Steps.remote()  # type: ignore[attr-defined]
     stop = threading.Event()
     seen: dict[str, int] = defaultdict(int)
 

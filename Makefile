@@ -1,0 +1,30 @@
+# Needs Python 3.11 or later, pip and make. Everything is installed into .venv/.
+PYTHON ?= python3.11
+EXTRAS ?= cpu,dev
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test check bench
+
+setup: $(VENV)/.done
+
+# torch goes first and pinned: an unpinned one would bring several gigabytes of CUDA libraries.
+$(VENV)/.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+demo: setup
+	$(BIN)/python jobs/adapt.py configs/demo.yaml output_dir=out/demo
+
+test: check
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done

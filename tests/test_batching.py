@@ -1,0 +1,114 @@
+"""Epochs, unique passages and chunks: nothing lost, nothing twice, the same every time."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retrieval_ray.batching import cut_chunks, deal, epoch_batches, excluded_mask, unique_passages
+
+SIZES = st.lists(st.integers(0, 60), max_size=4)
+LENGTHS = st.lists(st.integers(1, 40), max_size=40)
+LISTS = st.integers(1, 4).flatmap(
+    lambda k: st.lists(st.lists(st.sampled_from("abcdefg"), min_size=k, max_size=k), max_size=6)
+)
+
+
+@given(SIZES, st.integers(1, 20), st.integers(0, 5), st.integers(0, 5))
+def test_an_epoch_holds_every_row_of_every_corpus_once(sizes, batch, seed, epoch):
+    batches = epoch_batches(sizes, batch, seed=seed, epoch=epoch)
+    rows = [(corpus, int(i)) for corpus, indices in batches for i in indices]
+    assert sorted(rows) == [(corpus, i) for corpus, size in enumerate(sizes) for i in range(size)]
+
+
+@given(SIZES, st.integers(1, 20), st.integers(0, 5))
+def test_corpora_take_turns_until_each_is_exhausted(sizes, batch, seed):
+    order = [corpus for corpus, _ in epoch_batches(sizes, batch, seed=seed, epoch=0)]
+    left = {corpus: order.count(corpus) for corpus in range(len(sizes))}
+    expected = []
+    while any(left.values()):
+        for corpus in range(len(sizes)):
+            if left[corpus]:
+                left[corpus] -= 1
+                expected.append(corpus)
+    assert order == expected
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_batches_are_full_but_for_a_last_one_of_at_least_a_quarter(size, batch):
+    lengths = [len(indices) for _, indices in epoch_batches([size], batch, seed=0, epoch=0)]
+    if size % batch == 0 or size < batch:
+        assert lengths == [batch] * (size // batch) or lengths == [size]
+    elif size % batch >= batch / 4:
+        assert lengths == [batch] * (size // batch) + [size % batch]
+    else:  # the few left over are spread
+        assert len(lengths) == size // batch and max(lengths) - min(lengths) <= 1
+
+
+def test_epochs_depend_on_seed_epoch_and_corpus_and_on_nothing_else():
+    def rows(sizes, **more):
+        return [(corpus, indices.tolist()) for corpus, indices in epoch_batches(sizes, 8, **more)]
+
+    assert rows([50, 50], seed=1, epoch=2) == rows([50, 50], seed=1, epoch=2)
+    assert rows([50], seed=1, epoch=2) != rows([50], seed=2, epoch=1)
+    assert rows([50], seed=1, epoch=2) != rows([50], seed=1, epoch=3)
+    first, second = rows([8, 8], seed=1, epoch=2)
+    assert first[1] != second[1]
+    assert first == rows([8], seed=1, epoch=2)[0]  # another corpus beside it changes nothing
+
+
+@given(LISTS)
+def test_unique_passages_give_the_lists_back(lists):
+    unique = unique_passages(lists)
+    assert len(set(unique.passage_ids)) == len(unique.passage_ids)
+    assert [[unique.passage_ids[n] for n in row] for row in unique.index_BK] == lists
+    flat = [passage for row in lists for passage in row]
+    assert unique.counts_N.tolist() == [flat.count(passage) for passage in unique.passage_ids]
+
+
+@given(LISTS.filter(bool), st.data())
+def test_the_mask_is_by_id_over_the_whole_batch(lists, data):
+    ids = st.lists(st.sampled_from("abcdefgxyz"), max_size=5)
+    excluded = [data.draw(ids) for _ in lists]
+    unique = unique_passages(lists)
+    mask = excluded_mask(unique, excluded)
+    for b, left_out in enumerate(excluded):
+        assert mask[b].tolist() == [passage in left_out for passage in unique.passage_ids]
+
+
+@given(LENGTHS, st.integers(1, 120))
+def test_chunks_hold_each_row_once_and_stay_in_the_budget_unless_a_single_row(lengths, budget):
+    chunks = cut_chunks(lengths, budget)
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(len(lengths)))
+    for chunk in chunks:
+        assert len(chunk) == 1 or len(chunk) * max(lengths[i] for i in chunk) <= budget
+    in_order = [lengths[i] for chunk in chunks for i in chunk]
+    assert in_order == sorted(lengths, reverse=True)
+
+
+@given(LENGTHS.filter(bool), st.integers(1, 120))
+def test_no_chunk_could_have_taken_the_row_after_it(lengths, budget):
+    chunks = cut_chunks(lengths, budget)
+    for chunk, _ in zip(chunks, chunks[1:], strict=False):
+        assert (len(chunk) + 1) * max(lengths[i] for i in chunk) > budget
+
+
+def test_rows_of_equal_length_keep_their_order():
+    assert [chunk.tolist() for chunk in cut_chunks([5, 9, 5, 9, 5], 18)] == [[1, 3], [0, 2, 4]]
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 6))
+def test_workers_loads_differ_by_no_more_than_one_chunk(costs, workers):
+    owner = deal(costs, workers)
+    assert len(owner) == len(costs)
+    load = np.bincount(owner, weights=costs, minlength=workers)
+    assert len(load) == workers
+    assert load.max() - load.min() <= max(costs, default=0)
+
+
+@pytest.mark.parametrize(
+    ("costs", "workers", "owner"),
+    [([3, 3, 2, 2, 2], 2, [0, 1, 0, 1, 0]), ([1, 9], 3, [1, 0]), ([1, 9, 2, 3], 2, [1, 0, 1, 1])],
+)
+def test_dealing_by_hand(costs, workers, owner):
+    assert deal(costs, workers) == owner

@@ -1,0 +1,222 @@
+"""The student against sentence-transformers itself: same tokens, prompts, pooling and vectors."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from retrieval_ray.errors import UserError
+from retrieval_ray.student import Student, resolve_model, weights_sha
+
+BUDGETS = [1, 50, 400, 100_000]
+PROMPTS = {"query": "find: ", "document": "text here: "}
+
+
+@pytest.fixture(scope="module")
+def texts(words):
+    rng = np.random.default_rng(0)
+    made = [" ".join(rng.choice(words, length)) for length in rng.integers(1, 70, 40)]  # some cut
+    return [*made, "", "   ", "Unknown Wörter, 漢字!", made[0], made[0].upper()]
+
+
+def _student(folder, **more):
+    return Student(folder, precision="float32", device="cpu", **more)
+
+
+def _plain(folder, texts, prompt=None):
+    model = SentenceTransformer(folder, device="cpu")
+    return model.encode(texts, prompt=prompt, normalize_embeddings=True, batch_size=7)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_encode_is_sentence_transformers_own(student_folder, texts, budget):
+    vectors = _student(student_folder).encode(texts, "passage", token_budget=budget)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, _plain(student_folder, texts), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "max"])
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_prompts_and_pooling_of_the_model_are_respected(make_student, texts, include_prompt, mode):
+    folder = make_student(include_prompt=include_prompt, prompts=PROMPTS, mode=mode)
+    student = _student(folder)
+    for role, prompt in (("query", "find: "), ("passage", "text here: ")):
+        vectors = student.encode(texts, role, token_budget=300)
+        expected = _plain(folder, texts, prompt)
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+        assert np.abs(expected - _plain(folder, texts)).max() > 0.01  # the prompt does something
+
+
+def test_the_users_prompt_goes_before_the_models(make_student, texts):
+    folder = make_student(prompts=PROMPTS)
+    student = _student(folder, query_prompt="ask ", passage_prompt="")
+    for role, prompt in (("query", "ask "), ("passage", None)):
+        np.testing.assert_allclose(
+            student.encode(texts, role, token_budget=300), _plain(folder, texts, prompt), atol=1e-5
+        )
+
+
+def test_roles_have_their_own_limit(student_folder, words):
+    student = _student(student_folder, max_query_tokens=8, max_passage_tokens=20)
+    text = " ".join(words[:60])
+    assert len(student.tokenize([text], "query")[0]) == 8
+    assert len(student.tokenize([text], "passage")[0]) == 20
+    assert len(_student(student_folder).tokenize([text], "query")[0]) == 48  # the model's own
+    above = _student(student_folder, max_query_tokens=500)
+    assert len(above.tokenize([text], "query")[0]) == 48
+
+
+def test_vectors_do_not_depend_on_the_other_texts(student_folder, texts):
+    student = _student(student_folder)
+    together = student.encode(texts, "query", token_budget=200)
+    alone = np.concatenate([student.encode([text], "query", token_budget=200) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert student.encode([], "query", token_budget=200).shape == (0, 32)
+
+
+def test_more_texts_than_one_tokenizer_block_keep_their_order(student_folder, words):
+    student = _student(student_folder)
+    texts = [f"{words[n % 256]} {words[n // 256]}" for n in range(600)]
+    rows = student.tokenize(texts, "query")
+    for n in (0, 255, 256, 511, 599):
+        assert rows[n].tolist() == student.tokenize([texts[n]], "query")[0].tolist()
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_tokens_made_elsewhere_give_the_same_vectors(make_student, texts, include_prompt):
+    """A worker may get rows that another process tokenised."""
+    folder = make_student(include_prompt=include_prompt, prompts=PROMPTS)
+    first, fresh = _student(folder), _student(folder)
+    rows = first.tokenize(texts, "query")
+    np.testing.assert_allclose(
+        fresh.encode_tokens(rows, "query", token_budget=300),
+        first.encode_tokens(rows, "query", token_budget=300),
+        atol=1e-6,
+    )
+
+
+def test_embed_has_a_graph_and_encode_has_none(student_folder, texts):
+    student = _student(student_folder)
+    rows = student.tokenize(texts[:3], "query")
+    vectors = student.embed(rows, "query")
+    assert vectors.requires_grad and vectors.dtype == torch.float32
+    again = student.encode_tokens(rows, "query", token_budget=10_000)
+    np.testing.assert_allclose(vectors.detach().numpy(), again, atol=1e-6)
+    assert torch.equal(vectors, student.embed(rows, "query"))  # no dropout
+
+
+def test_bfloat16_is_near_and_leaves_the_weights_in_float32(student_folder, texts):
+    student = Student(student_folder, precision="bfloat16", device="cpu")
+    vectors = student.encode(texts, "query", token_budget=300)
+    exact = _student(student_folder).encode(texts, "query", token_budget=300)
+    assert 0 < np.abs(vectors - exact).max() < 0.1
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert {p.dtype for p in student.model.parameters()} == {torch.float32}
+
+
+def test_token_vectors_are_the_last_layer_without_special_tokens(student_folder, texts):
+    student = _student(student_folder)
+    plain = SentenceTransformer(student_folder, device="cpu")
+    for budget in BUDGETS:
+        found = student.token_vectors(texts, "passage", token_budget=budget)
+        for n in (0, 5, 42, 43):
+            with torch.no_grad():
+                features = plain.preprocess([texts[n]])
+                states = plain[0](features)["token_embeddings"][0]
+            # 1 is [UNK], 2 and 3 begin and end a text
+            kept = [token > 4 for token in features["input_ids"][0].tolist()]
+            expected = torch.nn.functional.normalize(states[kept], dim=-1)
+            torch.testing.assert_close(found[n], expected, atol=1e-5, rtol=0)
+
+
+def test_a_text_without_words_keeps_its_special_tokens(student_folder):
+    (vectors,) = _student(student_folder).token_vectors([""], "passage", token_budget=100)
+    assert vectors.shape == (2, 32)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_saved_and_loaded_by_plain_sentence_transformers(
+    make_student, texts, tmp_path, normalize, include_prompt
+):
+    student = _student(
+        make_student(include_prompt=include_prompt, normalize=normalize, mode="cls"),
+        query_prompt="find: ",
+        passage_prompt="text: ",
+    )
+    with torch.no_grad():
+        next(student.model.parameters()).mul_(1.1)
+    before = {role: student.encode(texts, role, token_budget=300) for role in ("query", "passage")}
+    student.save(str(tmp_path / "saved"))
+    again, plain = _student(str(tmp_path / "saved")), SentenceTransformer(str(tmp_path / "saved"))
+    assert again.prompts == {"query": "find: ", "passage": "text: "}
+    theirs = {"query": plain.encode_query(texts), "passage": plain.encode_document(texts)}
+    for role, vectors in before.items():
+        assert np.array_equal(again.encode(texts, role, token_budget=300), vectors)
+        np.testing.assert_allclose(theirs[role], vectors, atol=1e-5)
+        # still the same student after it was saved
+        assert np.array_equal(student.encode(texts, role, token_budget=300), vectors)
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_prompts_switched_off_stay_off_in_the_saved_model(make_student, texts, tmp_path):
+    student = _student(make_student(prompts=PROMPTS), query_prompt="", passage_prompt="")
+    student.save(str(tmp_path / "saved"))
+    again = _student(str(tmp_path / "saved"))
+    assert again.prompts == {"query": "", "passage": ""}
+    np.testing.assert_allclose(
+        again.encode(texts, "query", token_budget=300),
+        student.encode(texts, "query", token_budget=300),
+        atol=1e-6,
+    )
+
+
+def test_a_model_with_a_default_prompt_can_be_loaded_after_saving(make_student, texts, tmp_path):
+    folder = make_student(prompts={"query": "find: ", "passage": "text: "}, default_prompt_name="passage")
+    student = _student(folder)
+    np.testing.assert_allclose(
+        student.encode(texts, "query", token_budget=300), _plain(folder, texts, "find: "), atol=1e-5
+    )
+    student.save(str(tmp_path / "saved"))
+    assert _student(str(tmp_path / "saved")).prompts == {"query": "find: ", "passage": "text: "}
+
+
+def test_the_sha_is_of_what_can_change_a_vector(student_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(student_folder, folder)
+    sha = weights_sha(student_folder)
+    assert weights_sha(str(folder)) == sha  # not of the place
+    for name in ("README.md", ".gitattributes", "plot.png", ".git/HEAD"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("words")
+        assert weights_sha(str(folder)) == sha, name
+    student = _student(str(folder))
+    with torch.no_grad():
+        next(student.model.parameters())[0, 0] += 1e-3
+    student.save(str(folder))
+    changed = weights_sha(str(folder))
+    assert changed != sha
+    config = Path(folder / "1_Pooling" / "config.json")
+    config.write_text(config.read_text().replace("mean", "cls"))
+    assert weights_sha(str(folder)) not in (sha, changed)
+
+
+def test_saving_an_unchanged_model_twice_gives_the_same_sha(student_folder, tmp_path):
+    for name in ("first", "second"):
+        _student(student_folder).save(str(tmp_path / name))
+    assert weights_sha(str(tmp_path / "first")) == weights_sha(str(tmp_path / "second"))
+
+
+def test_what_is_no_model_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match=r"student\.model"):
+        _student(str(tmp_path))
+    with pytest.raises(UserError, match="no model"):
+        resolve_model("no/such-model")
+
+
+def test_a_folder_resolves_to_itself(student_folder):
+    assert resolve_model(student_folder) == str(Path(student_folder).resolve())
