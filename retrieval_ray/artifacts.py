@@ -197,8 +197,8 @@ def stage(store: Location, name: str, identity: Mapping[str, Any]) -> Stage:
 
 
 def part_name(prefix: str, number: int, suffix: str) -> str:
-    """``vectors-00007.arrow``: zero-padded, so that names sort as numbers do."""
-    return f"{prefix}-{number:05d}.{suffix}"
+    """``vectors-0000007.arrow``: zero-padded, so that names sort as numbers do."""
+    return f"{prefix}-{number:07d}.{suffix}"
 
 
 def _sha256(location: Location) -> str:

@@ -4,6 +4,7 @@ Defaults stand only here; YAML files hold differences. Unknown keys are errors.
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -17,6 +18,33 @@ from retrieval_ray.errors import UserError
 SOURCES = ("log", "extractive", "llm")
 RETRIEVERS = ("dense", "bm25")
 TEACHERS = ("embedded", "cross_encoder")
+
+
+_TINY, _MANY = 1e-9, math.inf
+RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays allowed where it is
+    "queries": {
+        "max_queries": (1, _MANY), "max_words": (1, _MANY), "extractive_per_passage": (1, 3),
+        "extractive_max": (0, _MANY),
+    },
+    "student": {"max_query_tokens": (1, _MANY), "max_passage_tokens": (1, _MANY)},
+    "retrieve": {"rrf_k": (0, _MANY)},
+    "teacher": {"max_tokens": (1, _MANY)},
+    "groups": {
+        "source_rank": (1, _MANY), "lower_percentile": (0, 100), "upper_percentile": (0, 100),
+        "min_positive_percentile": (0, 100), "false_negative_ratio": (0, _MANY),
+    },
+    "train": {
+        "batch_queries": (1, _MANY), "max_epochs": (0, _MANY), "patience": (0, _MANY),
+        "learning_rate": (_TINY, 1), "weight_decay": (0, _MANY), "clip_norm": (_TINY, _MANY),
+        "min_warmup_steps": (0, _MANY), "lr_floor": (0, 1), "teacher_temperature": (_TINY, _MANY),
+        "student_temperature": (_TINY, _MANY), "infonce_temperature": (_TINY, _MANY),
+        "infonce_weight": (0, _MANY), "chunk_tokens": (1, _MANY), "checkpoint_minutes": (0, _MANY),
+    },
+    "compute": {
+        "workers": (1, _MANY), "logical_cpus": (1, _MANY), "cpus_per_worker": (1, _MANY),
+        "gpus_per_worker": (0, _MANY), "threads": (1, _MANY), "token_budget": (1, _MANY),
+    },
+}  # fmt: skip
 
 
 @dataclass
@@ -159,12 +187,19 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(given, DictConfig):
         raise UserError(f"{path}: needs a mapping at the top level")
-    _reject_unknown(OmegaConf.to_container(given), Config, "")
+    plain: Any = OmegaConf.to_container(given)
+    _reject_unknown(plain, Config, "")
+    for f in fields(Config):
+        if is_dataclass(f.default_factory) and not isinstance(plain.get(f.name, {}), dict):
+            first = fields(f.default_factory)[0].name
+            raise UserError(f"{path}: {f.name}: needs keys of its own, like {f.name}.{first}=...")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), given)
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]} (key '{error.full_key}')") from error
+    except TypeError as error:  # a list where a mapping must stand, or the other way round
+        raise UserError(f"{path}: {error} (one of {', '.join(given)})") from error
     _check_values(config)
     return config
 
@@ -183,8 +218,9 @@ def _reject_unknown(given: Any, schema: Any, prefix: str) -> None:
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+            elsewhere = [k for k in _all_keys(Config, "") if k.rpartition(".")[2] == key]
             everywhere = difflib.get_close_matches(f"{prefix}{key}", _all_keys(Config, ""), n=1)
-            hint = f"{prefix}{near[0]}" if near else (everywhere[0] if everywhere else None)
+            hint = next(iter([*elsewhere, *(f"{prefix}{n}" for n in near), *everywhere]), None)
             raise UserError(
                 f"unknown config key '{prefix}{key}'"
                 + (f"; did you mean '{hint}'?" if hint else f"; known keys: {', '.join(known)}")
@@ -244,5 +280,29 @@ def _check_values(config: Config) -> None:
         "evaluate.systems: bm25 needs 'bm25' in retrieve.retrievers",
     )
     need(0 < config.train.dev_share < 1, "train.dev_share: must lie between 0 and 1")
-    for key in ("workers", "logical_cpus", "cpus_per_worker", "token_budget"):
-        need(getattr(config.compute, key) >= 1, f"compute.{key}: must be at least 1")
+    for section, ranges in RANGES.items():
+        for key, (low, high) in ranges.items():
+            value = getattr(getattr(config, section), key)
+            need(value is None or low <= value <= high, f"{section}.{key}: must lie in [{low}, {high}]")
+    need(
+        config.groups.lower_percentile < config.groups.upper_percentile,
+        "groups.lower_percentile: must be lower than groups.upper_percentile",
+    )
+    need(config.queries.sources != [], "queries.sources: name at least one, or null")
+    weights = config.teacher.weights
+    need(
+        weights is None or (min(weights.values(), default=0) >= 0 and sum(weights.values()) > 0),
+        "teacher.weights: must not be negative, and one must be more than 0",
+    )
+    for number, corpus in enumerate(config.corpora()):
+        where = f"datasets[{number}]" if config.datasets else "dataset"
+        need(
+            corpus.max_queries is None or corpus.max_queries >= 1, f"{where}.max_queries: must be at least 1"
+        )
+        for key in ("split", "dev_split", "log_split"):
+            share = (getattr(corpus, key) or "").partition(":")[2] or "1"
+            number_like = share.replace(".", "", 1).isdigit()
+            need(
+                number_like and 0 < float(share) <= 1,
+                f"{where}.{key}: the share after ':' must lie in (0, 1]",
+            )

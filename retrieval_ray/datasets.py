@@ -161,11 +161,11 @@ def read_log_file(path: str) -> dict[str, str]:
     """A query log from a ``queries.jsonl`` of its own (``_id`` and ``text``)."""
     if not Path(path).is_file():
         raise UserError(f"queries.log_path: no such file: {path}")
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, str]] = {}
     for where, query_id, text in _jsonl_queries(Path(path)):
-        _check_id(where, query_id, {key: ("an earlier line",) for key in found})
-        found[query_id] = text
-    return found
+        _check_id(where, query_id, found)
+        found[query_id] = (where, text)
+    return {key: text for key, (_, text) in found.items()}
 
 
 def split_spec(split: str) -> tuple[str, float]:
@@ -228,10 +228,13 @@ def _json_lines(path: Path, required: tuple[str, ...]) -> Iterator[tuple[str, di
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # no half of a surrogate pair
             except ValueError as error:  # bad JSON or bad UTF-8
                 raise UserError(f"{where}: not valid JSON: {error}") from error
             if not isinstance(row, dict) or not set(required) <= row.keys():
                 raise UserError(f"{where}: needs an object with the keys {', '.join(required)}")
+            if row["_id"] is None:
+                raise UserError(f"{where}: empty id")
             yield where, row
 
 
@@ -249,12 +252,13 @@ def _folder(folder: Path, suffix: str) -> Source:
         if not path.is_file():
             raise UserError(f"no such file: {path}")
         for number, row in enumerate(pq.read_table(path).to_pylist(), start=1):
-            row = {
-                **row,
-                "_id": row.get("_id", row.get(f"{'passage' if name == 'corpus' else 'query'}_id")),
-            }
-            if row["_id"] is None or not set(required) <= row.keys():
+            own = "passage_id" if name == "corpus" else "query_id"
+            if "_id" not in row and own in row:
+                row["_id"] = row[own]
+            if not set(required) <= row.keys():
                 raise UserError(f"{path}: needs the columns {', '.join(required)}")
+            if row["_id"] is None:
+                raise UserError(f"{path}, row {number}: empty id")
             yield f"{path}, row {number}", row
 
     def corpus() -> Iterator[Passage]:
@@ -283,15 +287,16 @@ def _folder(folder: Path, suffix: str) -> Source:
 
 
 def _tsv_qrels(path: Path) -> Iterator[Judgement]:
-    with path.open(newline="", encoding="utf-8") as lines:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
         for number, row in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
             if not row or (number == 1 and row[-1].strip().lower() == "score"):
                 continue
             where = f"{path}, line {number}"
             try:
                 query_id, passage_id, relevance = row
+                "".join(row).encode()
                 yield where, query_id, passage_id, int(float(relevance))
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 raise UserError(f"{where}: needs query-id, corpus-id and a score, tab-separated") from error
 
 
@@ -382,8 +387,11 @@ def _hugging_face(dataset_id: str) -> Source:
         except (ValueError, FileNotFoundError, ConnectionError) as error:
             raise UserError(f"hf:{name} (config {config}, split {split}): {error}") from error
 
-    def one_split(config: str) -> Iterable[dict[str, Any]]:
-        return load(dataset_id, config, config)
+    def one_split(config: str) -> Iterator[dict[str, Any]]:
+        for row in load(dataset_id, config, config):
+            if "text" not in row:
+                raise UserError(f"hf:{dataset_id}, {config}: no column 'text'; has {sorted(row)}")
+            yield row
 
     def id_of(row: dict[str, Any]) -> str:
         return str(row.get("_id", row.get("id", "")))

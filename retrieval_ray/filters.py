@@ -72,4 +72,6 @@ def query_rejects(
 
 
 def _fold(text: str) -> str:
+    text = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
+    text = regex.sub(r"(?<=[\p{Latin}\p{Greek}\p{Cyrillic}])\p{Mn}+", "", text)
     return " ".join(regex.findall(r"[\p{L}\p{N}\p{M}]+", unicodedata.normalize("NFKC", text).lower()))

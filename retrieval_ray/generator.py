@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import regex
 
 from retrieval_ray.artifacts import digest
-from retrieval_ray.words import STOPWORDS, surface_words
+from retrieval_ray.words import STOPWORDS, UNSPACED, surface_words
 
-EXTRACTIVE_VERSION = "extractive-1"
+EXTRACTIVE_VERSION = "extractive-2"
 EXTRACTIVE_KINDS = ("title", "span", "keywords")
-_SENTENCE_END = regex.compile(r"(?<=[.!?。！？\n])\s*")
+_SENTENCE_END = regex.compile(r"(?<=[.!?])\s+|(?<=[。！？\n])\s*")
 _SPAN_WORDS = (6, 16)
 _KEYWORDS = 5
 
@@ -91,9 +91,14 @@ def _salient_span(text: str, frequencies: Mapping[str, int], total: int) -> str:
         if score > best_score:
             best, best_score = sentence.strip(), score
     spaced = best.split()
-    if len(spaced) >= _SPAN_WORDS[0]:
+    if len(spaced) >= _SPAN_WORDS[0] and not UNSPACED.search(best):
         return " ".join(spaced[: _SPAN_WORDS[1]])
-    return best[: 3 * _SPAN_WORDS[1]]
+    span = ""
+    for cluster in regex.findall(r"\X", best):  # never a letter without its marks
+        if len(span) + len(cluster) > 3 * _SPAN_WORDS[1]:
+            break
+        span += cluster
+    return span
 
 
 def _key_terms(text: str, frequencies: Mapping[str, int], total: int) -> str:

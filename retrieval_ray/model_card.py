@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from retrieval_ray.config import Config
 from retrieval_ray.metrics import METRICS
 
 
-def model_card(config: Config, metrics: dict[str, Any]) -> str:
-    """A model card in Markdown, with the front matter that model hubs read."""
+def model_card(base_model: str, teacher: str, metrics: dict[str, Any]) -> str:
+    """A model card in Markdown, with the front matter that model hubs read.
+
+    metrics: the document of metrics.json.
+    """
     delta = metrics["delta"]["ndcg@10"]
     adapted = metrics["decision"] == "adapted"
     rows = "\n".join(
@@ -31,10 +33,10 @@ def model_card(config: Config, metrics: dict[str, Any]) -> str:
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
-base_model: {config.student.model}
+base_model: {base_model}
 tags: [sentence-transformers, retrieval, retrieval-ray]
 ---
-# {config.student.model} for `{metrics["dataset"]}`
+# {base_model} for `{metrics["dataset"]}`
 
 {summary}
 
@@ -49,6 +51,6 @@ scores = model.similarity(model.encode_query("a question"), model.encode_documen
 ```
 
 Made by retrieval_ray (listwise distillation as in arXiv 2502.19712 and 2505.19274):
-- teacher: {config.teacher.kind} {config.teacher.model or ""} weights {metrics["gate"]["weights"]}
+- teacher: {teacher}, weights {metrics["gate"]["weights"]}
 - training queries kept: {metrics["queries"]["kept"]}, rejected: {metrics["queries"]["rejected"]}
 {details}"""

@@ -65,15 +65,21 @@ def check(table: pa.Table, name: str, where: str = "") -> pa.Table:
     missing = [column for column in schema.names if column not in table.column_names]
     extra = [column for column in table.column_names if column not in schema.names]
     at = f" in {where}" if where else ""
+    twice = sorted({column for column in table.column_names if table.column_names.count(column) > 1})
+    if twice:
+        raise UserError(f"table '{name}'{at}: columns {twice} stand more than once")
     if missing or extra:
         raise UserError(
             f"table '{name}'{at}: missing columns {missing}, unexpected columns {extra}; "
             f"it needs exactly {schema.names}"
         )
-    try:
-        return table.select(schema.names).cast(schema)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"table '{name}'{at}: {error}") from error
+    columns = []
+    for column in schema:
+        try:
+            columns.append(table.column(column.name).cast(column.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise UserError(f"table '{name}'{at}, column '{column.name}': {error}") from error
+    return pa.table(columns, schema=schema)
 
 
 def from_rows(name: str, rows: list[dict[str, object]]) -> pa.Table:

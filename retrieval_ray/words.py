@@ -16,13 +16,16 @@ _RUN = regex.compile(
     rf"(?P<unspaced>[{_UNSPACED}][{_UNSPACED}\p{{M}}ー]*)|[\p{{L}}\p{{N}}][\p{{L}}\p{{N}}\p{{M}}--[{_UNSPACED}]]*",
     regex.V1,
 )
+UNSPACED = regex.compile(rf"[{_UNSPACED}]")
+_INVISIBLE = regex.compile(r"\p{Cf}")  # soft hyphens, joiners: no boundary of a word (UAX 29)
 STOPWORDS = frozenset(STOPWORDS_EN)
 
 
 def surface_words(text: str) -> list[str]:
     """Lower-cased words as they stand in the text; unspaced scripts give character pairs."""
     found: list[str] = []
-    for match in _RUN.finditer(unicodedata.normalize("NFKC", text).lower()):
+    folded = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text).lower())
+    for match in _RUN.finditer(folded):
         run = match.group()
         if match.group("unspaced"):
             clusters = regex.findall(r"\X", run)  # a base character with its marks

@@ -150,7 +150,8 @@ def _write_models(
                 trust_remote_code=config.trust_remote_code,
             ).save(local)
             Location.of(local).copy_to(output / "model")
-    card = model_card(context.config, document)
+    teacher = context.config.teacher
+    card = model_card(context.config.student.model, f"{teacher.kind} {teacher.model or ''}".strip(), document)
     (output / "model" / "README.md").write(card.encode())
 
 

@@ -54,7 +54,7 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"q{n}": (f"where do {who} {verb} {thing} {place}", f"p{n}")
             for n, (who, verb, thing, place) in enumerate(sorted(seen)[:80])
         },
-        {"train": range(0, 48), "dev": range(48, 64), "test": range(64, 80)},
+        {"train": range(48), "dev": range(48, 64), "test": range(64, 80)},
     )
     return folder
 

@@ -148,7 +148,9 @@ def test_two_training_workers_reach_the_same_model(
         assert abs(one[name] - two[name]).max() < 2e-3, name
 
 
-def test_several_corpora_one_model(collection: Path, student_folder: str, tmp_path: Path, ray_local: None) -> None:
+def test_several_corpora_one_model(
+    collection: Path, student_folder: str, tmp_path: Path, ray_local: None
+) -> None:
     """``datasets=[...]``: each step one corpus, one model for all, results per corpus."""
     twin = tmp_path / "twin"
     shutil.copytree(collection, twin)
@@ -212,7 +214,10 @@ def test_cross_encoder_teacher_scores_are_its_own_predictions_and_cached(
     queries = {r["_id"]: r["text"] for r in map(json.loads, (collection / "queries.jsonl").open())}
     some = scores[:: max(1, len(scores) // 50)]
     pairs = [
-        (queries[s["query_id"]], f"{corpus[s['passage_id']]['title']} {corpus[s['passage_id']]['text']}".strip())
+        (
+            queries[s["query_id"]],
+            f"{corpus[s['passage_id']]['title']} {corpus[s['passage_id']]['text']}".strip(),
+        )
         for s in some
     ]
     model = CrossEncoder(str(folder), device="cpu", max_length=64)

@@ -26,9 +26,7 @@ def beir(tmp_path: Path) -> Path:
     return folder
 
 
-def fails(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> str:
+def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """Run the job's own command line in this process; returns its message."""
     module = job_module("adapt")
     monkeypatch.setattr(sys, "argv", ["adapt.py", str(ROOT / "configs" / "cpu.yaml"), *arguments])
@@ -111,7 +109,9 @@ def test_disk_full_is_told_apart_from_a_fault_of_ours() -> None:
 @pytest.mark.slow
 def test_as_a_user_sees_it(tmp_path: Path) -> None:
     """The real command: exit code 2, one line, no traceback."""
-    done = run_job("adapt", ["configs/cpu.yaml", f"dataset.path={tmp_path / 'none'}", f"output_dir={tmp_path}"])
+    done = run_job(
+        "adapt", ["configs/cpu.yaml", f"dataset.path={tmp_path / 'none'}", f"output_dir={tmp_path}"]
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: dataset.path: no folder")
 
