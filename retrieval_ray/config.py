@@ -18,6 +18,7 @@ from retrieval_ray.errors import UserError
 SOURCES = ("log", "extractive", "llm")
 RETRIEVERS = ("dense", "bm25")
 TEACHERS = ("embedded", "cross_encoder")
+NEGATIVES = ("top", "spread")
 
 
 _TINY, _MANY = 1e-9, math.inf
@@ -38,7 +39,8 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "learning_rate": (_TINY, 1), "weight_decay": (0, _MANY), "clip_norm": (_TINY, _MANY),
         "min_warmup_steps": (0, _MANY), "lr_floor": (0, 1), "teacher_temperature": (_TINY, _MANY),
         "student_temperature": (_TINY, _MANY), "infonce_temperature": (_TINY, _MANY),
-        "infonce_weight": (0, _MANY), "chunk_tokens": (1, _MANY), "checkpoint_minutes": (0, _MANY),
+        "infonce_weight": (0, _MANY), "chunk_tokens": (1, _MANY),
+        "passage_tokens": (1, _MANY), "checkpoint_minutes": (0, _MANY),
     },
     "compute": {
         "workers": (1, _MANY), "logical_cpus": (1, _MANY), "cpus_per_worker": (1, _MANY),
@@ -100,6 +102,7 @@ class TeacherConfig:
 @dataclass
 class GroupsConfig:
     list_size: int = 20  # K: the positive and its negatives
+    negatives: str = "top"  # top: first in retrieval; spread: even steps of the teacher's order
     source_rank: int = 20  # a query's source must be retrieved this high by each retriever
     require_first: bool = True  # and the teacher must put it first
     lower_percentile: float = 1.0  # scores are scaled so that these become 0 and 1
@@ -123,6 +126,7 @@ class TrainConfig:
     infonce_temperature: float | None = None  # null: a fifth of the student's, as in the papers
     infonce_weight: float = 0.1
     dev_share: float = 0.1  # of the source passages, where there are no judged dev queries
+    passage_tokens: int | None = None  # training reads passages only so far; null: the student's own
     chunk_tokens: int = 8192  # of one GradCache chunk, padding included
     checkpoint_minutes: float = 5.0
 
@@ -252,6 +256,7 @@ def _check_values(config: Config) -> None:
         ("queries.sources", config.queries.sources or [], SOURCES),
         ("retrieve.retrievers", config.retrieve.retrievers, RETRIEVERS),
         ("teacher.kind", [config.teacher.kind], TEACHERS),
+        ("groups.negatives", [config.groups.negatives], NEGATIVES),
         ("evaluate.systems", config.evaluate.systems, ("bm25", "teacher")),
         ("compute.precision", [config.compute.precision or "float32"], ("float32", "bfloat16")),
     ):

@@ -51,6 +51,7 @@ class Settings:
     clip_norm: float
     min_warmup_steps: int
     lr_floor: float
+    passage_tokens: int | None  # training reads passages only so far; dev measures read them whole
     chunk_tokens: int
     checkpoint_seconds: float
     seed: int
@@ -86,6 +87,7 @@ def fit(
     """
     torch.manual_seed(settings.seed)
     token_rows = [_tokenised(student, corpus) for corpus in corpora]
+    short_rows = [_shortened(student, corpus, settings.passage_tokens) for corpus in corpora]
     batch = settings.batch_queries
     sizes = [len(corpus.train.query_ids) for corpus in corpora]
     per_epoch = len(epoch_batches(sizes, batch, seed=settings.seed, epoch=1))
@@ -129,7 +131,7 @@ def fit(
             terms = training_step(
                 student,
                 _take(corpora[which].train, indices),
-                token_rows[which]["passage"].__getitem__,
+                short_rows[which].__getitem__,
                 token_rows[which]["query"].__getitem__,
                 settings.objective,
                 chunk_tokens=settings.chunk_tokens,
@@ -288,20 +290,27 @@ def _take(lists: Lists, indices: Any) -> Lists:
 
 
 def _tokenised(student: Student, corpus: CorpusData) -> dict[Role, dict[str, Tokens]]:
-    """Tokens of every text that training will see, once."""
-
-    def rows(texts: Mapping[str, str], ids: Iterable[str], role: Role) -> dict[str, Tokens]:
-        wanted = sorted(set(ids))
-        return dict(zip(wanted, student.tokenize([texts[i] for i in wanted], role), strict=True))
-
-    lists = (corpus.train, corpus.dev)
-    passages = [p for part in lists for row in part.passage_ids for p in row]
+    """Tokens of every query, and of the passages that dev measures read."""
+    passages = [p for row in corpus.dev.passage_ids for p in row]
     passages += [p for query in corpus.dev_qrels for p in corpus.dev_pools.get(query, ())]
-    queries = [q for part in lists for q in part.query_ids] + list(corpus.dev_qrels)
+    queries = [*corpus.train.query_ids, *corpus.dev.query_ids, *corpus.dev_qrels]
     return {
-        "passage": rows(corpus.passages, passages, "passage"),
-        "query": rows(corpus.queries, queries, "query"),
+        "passage": _rows(student, corpus.passages, passages, "passage"),
+        "query": _rows(student, corpus.queries, queries, "query"),
     }
+
+
+def _shortened(student: Student, corpus: CorpusData, limit: int | None) -> dict[str, Tokens]:
+    """Tokens of the passages that training reads."""
+    passages = [p for row in corpus.train.passage_ids for p in row]
+    return _rows(student, corpus.passages, passages, "passage", limit)
+
+
+def _rows(
+    student: Student, texts: Mapping[str, str], ids: Iterable[str], role: Role, limit: int | None = None
+) -> dict[str, Tokens]:
+    wanted = sorted(set(ids))
+    return dict(zip(wanted, student.tokenize([texts[i] for i in wanted], role, limit=limit), strict=True))
 
 
 # --- checkpoints: one safetensors file with the progress as JSON in its header -----------------

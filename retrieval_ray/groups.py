@@ -131,13 +131,16 @@ def best(pool: Pool) -> int:
 
 
 def build(
-    pool: Pool, scale: Scale, *, list_size: int, false_negative_ratio: float
+    pool: Pool, scale: Scale, *, list_size: int, false_negative_ratio: float, negatives: str
 ) -> Group | tuple[str, str]:
     """The list of K of one query, or (reason, detail) if its positive scores too low.
 
-    The positive is the source, or the teacher's first for a log query. The list is the positive and
-    the K - 1 passages that follow it in the pool's order of retrieval: a retriever's own top K, as in
-    the papers; negatives are then ordered by falling teacher score.
+    The positive is the source, or the teacher's first for a log query. ``negatives`` says which K - 1
+    passages of the pool join it; they are then ordered by falling teacher score:
+
+    - ``top``: the first in the order of retrieval, a retriever's own top K (CADET).
+    - ``spread``: at even steps of the teacher's order, from its second to its last, so that a list
+      shows the whole range of scores (stratified negatives, arXiv 2604.04734).
 
     The 60 % rule: every judged passage whose normalised score is over ``false_negative_ratio`` times
     the positive's is masked from InfoNCE by id, and stays in the KL list
@@ -151,8 +154,13 @@ def build(
         return "low_positive", f"{pool.scores_N[positive]:.4g} < {scale.min_positive:.4g}"
     normal_N = scale.apply(pool.scores_N)
     others = [i for i in range(len(pool.passage_ids)) if i != positive]
-    negatives = sorted(others[: list_size - 1], key=lambda i: (-pool.scores_N[i], pool.passage_ids[i]))
-    chosen = [positive, *negatives]
+    by_score = sorted(others, key=lambda i: (-pool.scores_N[i], pool.passage_ids[i]))
+    if negatives == "top":
+        first = set(others[: list_size - 1])
+        chosen = [positive, *(i for i in by_score if i in first)]
+    else:
+        steps = np.linspace(0, len(by_score) - 1, list_size - 1).astype(int)
+        chosen = [positive, *(by_score[step] for step in steps)]
     limit = false_negative_ratio * normal_N[positive]
     return Group(
         query_id=pool.query_id,

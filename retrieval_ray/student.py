@@ -79,11 +79,11 @@ class Student:
     def dimension(self) -> int:
         return int(self.model.get_embedding_dimension())
 
-    def tokenize(self, texts: Sequence[str], role: Role) -> list[Tokens]:
-        """Token ids per text, prompt and special tokens included, cut to the role's limit."""
+    def tokenize(self, texts: Sequence[str], role: Role, *, limit: int | None = None) -> list[Tokens]:
+        """Token ids per text, prompt and special tokens included, cut to the role's limit, or lower."""
         rows: list[Tokens] = []
         before = self.model.max_seq_length
-        self.model.max_seq_length = self.max_tokens[role]
+        self.model.max_seq_length = min(limit or self.max_tokens[role], self.max_tokens[role])
         try:
             for start in range(0, len(texts), 256):
                 features = self.model.preprocess(

@@ -29,8 +29,8 @@ def _scale(scores, low=0.0, high=100.0, floor=None):
     )
 
 
-def _built(pool, scale, list_size=4, ratio=0.6):
-    group = build(pool, scale, list_size=list_size, false_negative_ratio=ratio)
+def _built(pool, scale, list_size=4, ratio=0.6, negatives="top"):
+    group = build(pool, scale, list_size=list_size, false_negative_ratio=ratio, negatives=negatives)
     assert isinstance(group, Group)
     return group
 
@@ -46,6 +46,30 @@ def test_a_list_is_the_positive_then_the_head_of_the_ranking_by_teacher_score(po
     assert group.passage_ids[1:] == sorted(head, key=lambda p: (-raw[p], p))
     normal = dict(zip(pool.passage_ids, _scale(pool.scores_N).apply(pool.scores_N), strict=True))
     assert group.teacher_scores_K.tolist() == [normal[passage] for passage in group.passage_ids]
+
+
+@given(pools(min_size=2), st.data())
+def test_spread_negatives_are_even_steps_of_the_teachers_order_from_first_to_last(pool, data):
+    list_size = data.draw(st.integers(2, len(pool.passage_ids)))
+    group = _built(pool, _scale(pool.scores_N), list_size, negatives="spread")
+    raw = dict(zip(pool.passage_ids, pool.scores_N, strict=True))
+    order = sorted(raw.keys() - {pool.source_id}, key=lambda p: (-raw[p], p))
+    places = [order.index(passage) for passage in group.passage_ids[1:]]
+    assert group.passage_ids[0] == pool.source_id and len(places) == list_size - 1
+    assert places[0] == 0 and (list_size == 2 or places[-1] == len(order) - 1)
+    gaps = set(np.diff(places).tolist())
+    assert all(gap >= 1 for gap in gaps) and (not gaps or max(gaps) - min(gaps) <= 1)
+    # the 60 % rule looks at the whole pool, whichever of it is in the list
+    assert group.excluded_ids == _built(pool, _scale(pool.scores_N), list_size).excluded_ids
+
+
+@given(pools(min_size=2))
+def test_both_choices_of_negatives_agree_when_the_list_is_the_pool(pool):
+    lists = [
+        _built(pool, _scale(pool.scores_N), len(pool.passage_ids), negatives=negatives).passage_ids
+        for negatives in ("top", "spread")
+    ]
+    assert lists[0] == lists[1]
 
 
 @given(pools(), RAW, RAW, st.sampled_from([0.6, 0.5, 0.95]))
@@ -107,10 +131,10 @@ def test_a_log_query_takes_the_teachers_first(pool):
 def test_a_positive_below_the_floor_is_dropped_and_one_at_the_floor_kept():
     scale = _scale([0.0, 1.0, 2.0, 3.0, 4.0], floor=25.0)
     low = Pool("q", "title", "a", ["a", "b"], np.array([0.99, 0.0]))
-    dropped = build(low, scale, list_size=2, false_negative_ratio=0.6)
+    dropped = build(low, scale, list_size=2, false_negative_ratio=0.6, negatives="top")
     assert isinstance(dropped, tuple) and dropped[0] == "low_positive"
     at = Pool("q", "title", "a", ["a", "b"], np.array([1.0, 0.0]))
-    assert isinstance(build(at, scale, list_size=2, false_negative_ratio=0.6), Group)
+    assert isinstance(build(at, scale, list_size=2, false_negative_ratio=0.6, negatives="top"), Group)
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,18 @@ def test_the_gradient_is_the_plain_one_in_float32(student_folder, chunk_tokens):
     _same(_gradients(ours), _gradients(plain), relative=2e-5)
 
 
+def test_the_loss_is_computed_in_float64_from_float32_embeddings(student_folder):
+    """At InfoNCE's temperature, float32 cosines would cost the loss its sixth digit."""
+    student, batch, rows = _student(student_folder), _batch(6), _rows()
+    passages = [rows[f"p{n}"] for n in range(9)]
+    found, _ = embed_shared(student, [rows[q] for q in batch.query_ids], passages, chunk_tokens=60)
+    vectors = {f"p{n}": found[6 + n].double() for n in range(9)}
+    lists = [[vectors[passage] for passage in row] for row in batch.passage_ids]
+    expected = oracles.infonce(found[:6].double(), lists, batch.passage_ids, batch.excluded_ids, 0.02)
+    assert len({p for row in batch.passage_ids for p in row}) == 9  # so the chunks are the same
+    assert _step(student, batch, 60)["infonce"] == pytest.approx(expected.item(), rel=1e-11)
+
+
 def test_bfloat16_points_the_same_way(student_folder):
     half, full = Student(student_folder, precision="bfloat16", device="cpu"), _student(student_folder)
     for student in (half, full):

@@ -60,11 +60,25 @@ def test_the_users_prompt_goes_before_the_models(make_student, texts):
         )
 
 
+def test_a_model_that_is_saved_truncated_stays_truncated(make_student, texts, tmp_path):
+    """sentence-transformers 6 keeps ``truncate_dim`` in the model's folder."""
+    folder = make_student(truncate_dim=16)
+    student = _student(folder)
+    assert student.dimension == 16
+    vectors = student.encode(texts, "query", token_budget=300)
+    np.testing.assert_allclose(vectors, _plain(folder, texts), atol=1e-5)
+    student.save(str(tmp_path / "saved"))
+    np.testing.assert_allclose(_plain(str(tmp_path / "saved"), texts), vectors, atol=1e-5)
+
+
 def test_roles_have_their_own_limit(student_folder, words):
     student = _student(student_folder, max_query_tokens=8, max_passage_tokens=20)
     text = " ".join(words[:60])
     assert len(student.tokenize([text], "query")[0]) == 8
     assert len(student.tokenize([text], "passage")[0]) == 20
+    assert len(student.tokenize([text], "passage", limit=12)[0]) == 12
+    assert len(student.tokenize([text], "passage", limit=30)[0]) == 20  # lowers, never raises
+    assert student.model.max_seq_length == 48  # the saved model is not cut to a role
     assert len(_student(student_folder).tokenize([text], "query")[0]) == 48  # the model's own
     above = _student(student_folder, max_query_tokens=500)
     assert len(above.tokenize([text], "query")[0]) == 48
@@ -116,6 +130,15 @@ def test_bfloat16_is_near_and_leaves_the_weights_in_float32(student_folder, text
     assert 0 < np.abs(vectors - exact).max() < 0.1
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     assert {p.dtype for p in student.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_kept_in_half_precision_are_trained_in_float32(student_folder, texts, tmp_path, dtype):
+    SentenceTransformer(student_folder, device="cpu").to(dtype).save(str(tmp_path / "half"))
+    student = _student(str(tmp_path / "half"))
+    assert {p.dtype for p in student.model.parameters()} == {torch.float32}
+    vectors = student.encode(texts, "query", token_budget=300)
+    np.testing.assert_allclose(vectors, _plain(student_folder, texts), atol=0.05)
 
 
 def test_token_vectors_are_the_last_layer_without_special_tokens(student_folder, texts):

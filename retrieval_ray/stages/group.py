@@ -193,6 +193,7 @@ def _build(
                 scale,
                 list_size=config.list_size,
                 false_negative_ratio=config.false_negative_ratio,
+                negatives=config.negatives,
             )
             if isinstance(group, groups.Group):
                 built.append((group, _split(context, pool)))

@@ -126,6 +126,7 @@ def _settings(context: Context, corpora: list[Trained], lists: list[Lists]) -> S
         clip_norm=train.clip_norm,
         min_warmup_steps=train.min_warmup_steps,
         lr_floor=train.lr_floor,
+        passage_tokens=train.passage_tokens,
         chunk_tokens=train.chunk_tokens,
         checkpoint_seconds=60 * train.checkpoint_minutes,
         seed=context.config.seed,
