@@ -327,7 +327,7 @@ def _demo() -> Source:
             return ((where, key, "", 0) for where, key, _ in queries("log"))
         if split not in ("dev", "test"):
             raise UserError(f"the demo has the splits dev, test and log, not '{split}'")
-        return _tsv_qrels(here / "qrels" / f"{split}.tsv")
+        return _tsv_qrels(here / f"{split}.tsv")
 
     return Source("demo", corpus, queries, qrels)
 

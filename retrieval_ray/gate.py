@@ -66,7 +66,8 @@ def judge(
     """Compare the teacher's order with the student's on judged dev queries.
 
     pools and student (the student's own ranking) are by query_id. With ``fixed_weights`` nothing is
-    fitted. The gate passes if the 95 % interval of the mean difference in nDCG@10 lies above 0.
+    fitted. The gate passes if the 95 % interval of the mean difference in nDCG@10 lies above 0 and
+    there are queries enough for every fold to hold one.
     """
     queries = sorted(qrels)
     teachers = sorted(next(iter(pools.values())).teachers)
@@ -83,7 +84,7 @@ def judge(
     difference = paired_difference(student_Q.tolist(), cross_fitted.tolist(), seed=seed)
     return Verdict(
         weights=candidates[_best(table.mean(axis=1))],
-        passed=difference.low > 0,
+        passed=difference.low > 0 and len(set(folds.tolist())) == FOLDS,
         student=float(student_Q.mean()),
         teacher=float(cross_fitted.mean()),
         difference=difference,

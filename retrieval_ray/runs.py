@@ -1,5 +1,6 @@
 """Rankings: top k, merging shards, reciprocal-rank fusion. Ties are broken by passage_id."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -22,11 +23,12 @@ def merge(rankings: Iterable[Ranking], k: int) -> Ranking:
 
 def fuse(rankings: Iterable[Ranking], k: int, *, rrf_k: int = 60) -> Ranking:
     """Reciprocal-rank fusion: a passage's score is the sum of 1 / (rrf_k + rank), rank from 1."""
-    scores: dict[str, float] = {}
+    shares: dict[str, list[float]] = {}
     for ranking in rankings:
         for rank, (passage_id, _) in enumerate(ranking, start=1):
-            scores[passage_id] = scores.get(passage_id, 0.0) + 1.0 / (rrf_k + rank)
-    return top_k(list(scores), list(scores.values()), k)
+            shares.setdefault(passage_id, []).append(1.0 / (rrf_k + rank))
+    scores = [math.fsum(parts) for parts in shares.values()]  # the same in any order of retrievers
+    return top_k(list(shares), scores, k)
 
 
 def without_ids(ranking: Ranking, dropped: set[str] | Mapping[str, object]) -> Ranking:
@@ -38,6 +40,6 @@ def exact_dot(
     query_D: npt.NDArray[np.floating], passages_ND: npt.NDArray[np.floating]
 ) -> npt.NDArray[np.float64]:
     """Dot products in float64, each pair by itself: the same number in any batch or shard."""
-    products: npt.NDArray[np.float64] = passages_ND.astype(np.float64) * query_D.astype(np.float64)
+    products: npt.NDArray[np.float64] = passages_ND.astype(np.float64, order="C") * query_D.astype(np.float64)
     summed: npt.NDArray[np.float64] = products.sum(axis=1)
     return summed

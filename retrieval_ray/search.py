@@ -32,6 +32,8 @@ class Shard:
 
     def search(self, queries_QD: Vectors, k: int) -> list[Ranking]:
         """The exact top k of each query in this shard, ties by passage_id."""
+        if not self.passage_ids:
+            return [[] for _ in queries_QD]
         rankings: list[Ranking | None] = [None] * len(queries_QD)
         open_queries = list(range(len(queries_QD)))
         width = k + _MARGIN

@@ -174,16 +174,21 @@ def _all_gather(own_ND: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 def sum_gradients(student: Student) -> None:
-    """Sum parameter gradients over ranks, in one message."""
+    """Sum parameter gradients over ranks, in one message.
+
+    A parameter that no rank has a gradient for keeps none, so that weight decay leaves it alone as it
+    does on a single rank: behind the gradients travels one flag per parameter.
+    """
     _, ranks = world()
     if ranks == 1:
         return
     parameters = [p for p in student.model.parameters() if p.requires_grad]
-    flat = torch.cat(
-        [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters]
-    )
+    flags = torch.tensor([float(p.grad is not None) for p in parameters], device=student.device)
+    gradients = [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters]
+    flat = torch.cat([*gradients, flags])
     dist.all_reduce(flat)
+    present = flat[-len(parameters) :].tolist()
     start = 0
-    for p in parameters:
-        p.grad = flat[start : start + p.numel()].view_as(p)
+    for p, has_gradient in zip(parameters, present, strict=True):
+        p.grad = flat[start : start + p.numel()].view_as(p) if has_gradient else None
         start += p.numel()

@@ -22,7 +22,7 @@ from retrieval_ray.errors import UserError
 Role = Literal["query", "passage"]
 Tokens = npt.NDArray[np.int64]
 BUNDLED = "all-MiniLM-L6-v2"
-_WEIGHTLESS = {".md", ".gitattributes", ".png"}
+_WEIGHTLESS = {".md", ".png"}
 
 
 class Student:
@@ -45,6 +45,7 @@ class Student:
         trust_remote_code: bool = False,
     ) -> None:
         from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Normalize
 
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision = precision
@@ -53,13 +54,15 @@ class Student:
                 path,
                 device=str(self.device),
                 trust_remote_code=trust_remote_code,
-                model_kwargs={"use_safetensors": True},
+                model_kwargs={"use_safetensors": True, "dtype": torch.float32},
                 local_files_only=True,
             )
         except (OSError, ValueError) as error:
             raise UserError(f"student.model: cannot load '{path}': {error}") from error
         if self.model.tokenizer is None or not hasattr(self.model[0], "auto_model"):
             raise UserError(f"student.model: '{path}' does not begin with a text transformer")
+        if not any(isinstance(module, Normalize) for module in self.model):
+            self.model.append(Normalize())
         self.model.eval()  # dropout off: both GradCache passes must compute the same function
         own: dict[str, str] = self.model.prompts or {}
         self.prompts: dict[Role, str] = {
@@ -74,6 +77,8 @@ class Student:
             "passage": min(max_passage_tokens or limit, limit),
         }
         self._prompt_length: dict[Role, int | None] = {"query": None, "passage": None}
+        for role in self._prompt_length:  # also for rows that were tokenised elsewhere
+            self.tokenize([""], role)
 
     @property
     def dimension(self) -> int:
@@ -100,7 +105,7 @@ class Student:
         """One forward pass: embeddings_ND in float32, normalised, with a graph where enabled."""
         with self._autocast():
             vectors = self.model(self._features(rows, role))["sentence_embedding"]
-        return torch.nn.functional.normalize(vectors.float(), dim=-1)
+        return torch.nn.functional.normalize(vectors[:, : self.dimension].float(), dim=-1)
 
     @torch.inference_mode()
     def encode_tokens(
@@ -140,15 +145,10 @@ class Student:
 
     def save(self, folder: str) -> None:
         """Write a folder that plain sentence-transformers loads (safetensors only)."""
-        from sentence_transformers.sentence_transformer.modules import Normalize
-
-        if not any(isinstance(module, Normalize) for module in self.model):
-            self.model.append(Normalize())
-        if any(self.prompts.values()):
-            self.model.prompts = {
-                "query": self.prompts["query"],
-                "document": self.prompts["passage"],
-            }
+        self.model.prompts = {"query": self.prompts["query"], "document": self.prompts["passage"]}
+        default = self.model.default_prompt_name
+        default = "document" if default == "passage" else default
+        self.model.default_prompt_name = default if default in self.model.prompts else None
         self.model.save(folder, create_model_card=False, safe_serialization=True)
 
     def _features(self, rows: Sequence[Tokens], role: Role) -> dict[str, Any]:
@@ -206,8 +206,9 @@ def weights_sha(folder: str) -> str:
     state = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*")):
         relative = path.relative_to(folder)
-        if path.is_file() and path.suffix not in _WEIGHTLESS and ".git" not in relative.parts:
-            state.update(str(relative).encode())
+        hidden = any(piece.startswith(".git") for piece in relative.parts)
+        if path.is_file() and path.suffix not in _WEIGHTLESS and not hidden:
+            state.update(f"{relative}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as stream:
                 while chunk := stream.read(1 << 22):
                     state.update(chunk)

@@ -49,7 +49,7 @@ class CrossEncoderTeacher:
                 path,
                 device=device,
                 trust_remote_code=trust_remote_code,
-                model_kwargs={"use_safetensors": True},
+                model_kwargs={"use_safetensors": True, "dtype": torch.float32},
                 local_files_only=True,
             )
         except (OSError, ValueError) as error:
@@ -58,8 +58,8 @@ class CrossEncoderTeacher:
             raise UserError(
                 f"teacher.model: '{path}' has {self.model.num_labels} outputs; a teacher needs one"
             )
-        own = self.model.max_length
-        self.model.max_length = min(max_tokens, own) if own else max_tokens
+        own = self.model.max_seq_length
+        self.model.max_seq_length = min(max_tokens, own) if own else max_tokens
 
     def score(self, pairs: Sequence[tuple[str, str]], *, batch_size: int = 32) -> npt.NDArray[np.float32]:
         """Raw logits of (query, passage) pairs, in their order."""

@@ -60,7 +60,7 @@ def texts_of(name: str) -> dict[str, str]:
 
 
 def qrels_of(split_name: str) -> list[tuple[str, str, int]]:
-    text = (HERE / "qrels" / f"{split_name}.tsv").read_text(encoding="utf-8")
+    text = (HERE / f"{split_name}.tsv").read_text(encoding="utf-8")
     header, *rows = csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
     assert header == ["query-id", "corpus-id", "score"]
     return [(query, passage, int(score)) for query, passage, score in rows]

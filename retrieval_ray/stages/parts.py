@@ -5,6 +5,7 @@ worker writes its part atomically by itself; only counts come back to the driver
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -26,10 +27,13 @@ class _Actor:
     def __init__(self, worker: type[PartWorker], arguments: Mapping[str, Any], threads: int) -> None:
         import torch
 
-        torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS to the actor's num_cpus
+        # Ray sets OMP_NUM_THREADS to the actor's num_cpus, and OpenMP keeps its number per thread
+        self._set_threads = lambda: torch.set_num_threads(threads)
+        self._set_threads()
         self._worker = worker(**arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self._set_threads()
         return {"facts": [json.dumps(self._worker.run(json.loads(part))) for part in batch["part"]]}
 
 
@@ -46,7 +50,10 @@ def run_parts(
     """
     if not parts:
         return []
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    settings = ray.data.DataContext.get_current()
+    settings.enable_progress_bars = False
+    settings.execution_options.verbose_progress = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     size = min(context.config.compute.workers, len(parts))
     dataset = ray.data.from_items(
         [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)

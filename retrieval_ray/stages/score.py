@@ -8,11 +8,13 @@ looked up by part of queries.
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_ray import bm25, schema
 from retrieval_ray.artifacts import Stage, part_name, stage
+from retrieval_ray.errors import UserError
 from retrieval_ray.runs import exact_dot
 from retrieval_ray.scorecache import ScoreCache
 from retrieval_ray.stages.context import Context, Model
@@ -221,6 +223,12 @@ class _ModelScorer:
         keys = {(p, q): self.cache.key(self.query_texts[q], text_of[p]) for p, q in pairs}
         new = [pair for pair in pairs if keys[pair] not in known]
         scores = self._judge(new, text_of)
+        if not np.isfinite(scores).all():
+            worst = new[int(np.argmin(np.isfinite(scores)))]
+            raise UserError(
+                f"teacher {self.teacher_id}: its score of query '{worst[1]}' and passage '{worst[0]}' is "
+                "not a finite number; try compute.precision=float32, or another teacher"
+            )
         known.update((keys[pair], score) for pair, score in zip(new, scores, strict=True))
         self.cache.write(number, self.buckets, [keys[pair] for pair in new], scores)
         self.target.write(

@@ -16,6 +16,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from retrieval_ray.artifacts import Location, Stage, digest, stage
+from retrieval_ray.batching import epoch_batches
 from retrieval_ray.config import to_dict
 from retrieval_ray.errors import UserError
 from retrieval_ray.fit import CorpusData, Settings, chosen, fit
@@ -66,7 +67,9 @@ def run(context: Context, corpora: list[Trained]) -> Stage:
     if not any(len(part.query_ids) for part in lists):
         raise UserError("no training list is left on any corpus; see the groups stage's rejects")
     settings = _settings(context, corpora, lists)
-    with _step_bar(settings) as actor:
+    sizes = [len(part.query_ids) for part in lists]
+    per_epoch = len(epoch_batches(sizes, settings.batch_queries, seed=settings.seed, epoch=1))
+    with _step_bar(per_epoch * settings.max_epochs) as actor:
         _trainer(context, corpora, settings, target, actor).fit()
     facts = (target.folder / "fit.json").read_json()
     model_files = [f"candidate/{name}" for name in _files(target.folder / "candidate")]
@@ -271,14 +274,14 @@ class _Steps:
 
 
 @contextmanager
-def _step_bar(settings: Settings) -> Iterator[Any]:
+def _step_bar(total: int) -> Iterator[Any]:
     """A progress bar fed by rank 0 while ``fit`` blocks the driver."""
     actor = _Steps.remote()  # type: ignore[attr-defined]
     stop = threading.Event()
     seen: dict[str, int] = defaultdict(int)
 
     def watch() -> None:
-        with progress("training", 0) as advance:
+        with progress("training", total) as advance:
             while not stop.wait(1.0):
                 step, note, lines = ray.get(actor.get.remote())
                 for line in lines:
