@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import ray.data
+import torch
 
 from retrieval_ray.progress import progress
 from retrieval_ray.stages.context import Context
@@ -25,15 +26,13 @@ class _Actor:
     """Adapts a PartWorker to ``map_batches``; parts travel as JSON, so Arrow types cannot drift."""
 
     def __init__(self, worker: type[PartWorker], arguments: Mapping[str, Any], threads: int) -> None:
-        import torch
-
-        # Ray sets OMP_NUM_THREADS to the actor's num_cpus, and OpenMP keeps its number per thread
-        self._set_threads = lambda: torch.set_num_threads(threads)
-        self._set_threads()
+        self._threads = threads
+        torch.set_num_threads(threads)
         self._worker = worker(**arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        self._set_threads()
+        # Again: OpenMP keeps the number per thread, and Ray has set OMP_NUM_THREADS to num_cpus.
+        torch.set_num_threads(self._threads)
         return {"facts": [json.dumps(self._worker.run(json.loads(part))) for part in batch["part"]]}
 
 
