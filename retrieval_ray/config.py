@@ -35,7 +35,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "min_positive_percentile": (0, 100), "false_negative_ratio": (0, _MANY),
     },
     "train": {
-        "batch_queries": (1, _MANY), "max_epochs": (0, _MANY), "patience": (0, _MANY),
+        "batch_queries": (1, _MANY), "dev_queries": (1, _MANY), "max_epochs": (0, _MANY), "patience": (0, _MANY),
         "learning_rate": (_TINY, 1), "weight_decay": (0, _MANY), "clip_norm": (_TINY, _MANY),
         "min_warmup_steps": (0, _MANY), "lr_floor": (0, 1), "teacher_temperature": (_TINY, _MANY),
         "student_temperature": (_TINY, _MANY), "infonce_temperature": (_TINY, _MANY),
@@ -125,7 +125,8 @@ class TrainConfig:
     student_temperature: float | None = None  # null: calibrated on the untouched student
     infonce_temperature: float | None = None  # null: a fifth of the student's, as in the papers
     infonce_weight: float = 0.1
-    dev_share: float = 0.1  # of the source passages, where there are no judged dev queries
+    dev_share: float = 0.1  # of the training queries, held out for dev measures
+    dev_queries: int = 500  # and about so many at most
     passage_tokens: int | None = None  # training reads passages only so far; null: the student's own
     chunk_tokens: int = 8192  # of one GradCache chunk, padding included
     checkpoint_minutes: float = 5.0

@@ -41,7 +41,7 @@ def run(
         "weights": config.teacher.weights,
         "depth": config.teacher.depth,
         "groups": to_dict(config.groups),
-        "dev_share": config.train.dev_share,
+        "dev": [config.train.dev_share, config.train.dev_queries],
         "retrievers": retrievers,
         "seed": config.seed,
     }
@@ -179,6 +179,9 @@ def _build(
             rejects.append((pool.query_id, *problem))
         else:
             by_kind[pool.kind].append(pool)
+    whole = not qrels_of(queries, "dev")  # then dev lists must carry the choice of the epoch alone
+    kept = sum(map(len, by_kind.values()))
+    dev_share = min(context.config.train.dev_share, context.config.train.dev_queries / max(1, kept))
     built = []
     for kind in sorted(by_kind):
         scale = groups.Scale.of(
@@ -188,25 +191,25 @@ def _build(
             min_positive_percentile=config.min_positive_percentile,
         )
         for pool in by_kind[kind]:
+            split = _split(pool, dev_share, context.config.seed)
             group = groups.build(
                 pool,
                 scale,
-                list_size=config.list_size,
+                list_size=len(pool.passage_ids) if split == "dev" and whole else config.list_size,
                 false_negative_ratio=config.false_negative_ratio,
                 negatives=config.negatives,
             )
             if isinstance(group, groups.Group):
-                built.append((group, _split(context, pool)))
+                built.append((group, split))
             else:
                 rejects.append((pool.query_id, *group))
     return built, rejects
 
 
-def _split(context: Context, pool: groups.Pool) -> str:
+def _split(pool: groups.Pool, dev_share: float, seed: int) -> str:
     """train or dev, by source passage where there is one, so that its kinds stay together."""
     key = pool.source_id or pool.query_id
-    share = int(digest([context.config.seed, key])[:8], 16) / 16**8
-    return "dev" if share < context.config.train.dev_share else "train"
+    return "dev" if int(digest([seed, key])[:8], 16) / 16**8 < dev_share else "train"
 
 
 def _row(corpus: str, group: groups.Group, split: str) -> dict[str, Any]:

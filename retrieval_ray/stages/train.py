@@ -160,10 +160,14 @@ def _calibrated(context: Context, corpora: list[Trained], lists: list[Lists]) ->
 def _lists(groups: Stage, split: str) -> Lists:
     table = groups.read("groups.parquet")
     table = table.filter(pa.compute.equal(table.column("split"), split))
+    passages = table.column("passage_ids").to_pylist()
+    shortest = min(map(len, passages), default=0)  # dev lists may be whole pools of unequal length
     return Lists(
         query_ids=table.column("query_id").to_pylist(),
-        passage_ids=table.column("passage_ids").to_pylist(),
-        teacher_BK=np.array(table.column("teacher_scores").to_pylist(), dtype=np.float64),
+        passage_ids=[row[:shortest] for row in passages],
+        teacher_BK=np.array(
+            [row[:shortest] for row in table.column("teacher_scores").to_pylist()], dtype=np.float64
+        ),
         excluded_ids=table.column("excluded_ids").to_pylist(),
     )
 
