@@ -35,7 +35,8 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "min_positive_percentile": (0, 100), "false_negative_ratio": (0, _MANY),
     },
     "train": {
-        "batch_queries": (1, _MANY), "dev_queries": (1, _MANY), "max_epochs": (0, _MANY), "patience": (0, _MANY),
+        "batch_queries": (1, _MANY), "dev_queries": (1, _MANY),
+        "max_epochs": (0, _MANY), "patience": (0, _MANY),
         "learning_rate": (_TINY, 1), "weight_decay": (0, _MANY), "clip_norm": (_TINY, _MANY),
         "min_warmup_steps": (0, _MANY), "lr_floor": (0, 1), "teacher_temperature": (_TINY, _MANY),
         "student_temperature": (_TINY, _MANY), "infonce_temperature": (_TINY, _MANY),

@@ -180,8 +180,7 @@ def _build(
         else:
             by_kind[pool.kind].append(pool)
     whole = not qrels_of(queries, "dev")  # then dev lists must carry the choice of the epoch alone
-    kept = sum(map(len, by_kind.values()))
-    dev_share = min(context.config.train.dev_share, context.config.train.dev_queries / max(1, kept))
+    held_out = _held_out([pool for pools in by_kind.values() for pool in pools], context)
     built = []
     for kind in sorted(by_kind):
         scale = groups.Scale.of(
@@ -191,7 +190,7 @@ def _build(
             min_positive_percentile=config.min_positive_percentile,
         )
         for pool in by_kind[kind]:
-            split = _split(pool, dev_share, context.config.seed)
+            split = "dev" if _source(pool) in held_out else "train"
             group = groups.build(
                 pool,
                 scale,
@@ -206,10 +205,18 @@ def _build(
     return built, rejects
 
 
-def _split(pool: groups.Pool, dev_share: float, seed: int) -> str:
-    """train or dev, by source passage where there is one, so that its kinds stay together."""
-    key = pool.source_id or pool.query_id
-    return "dev" if int(digest([seed, key])[:8], 16) / 16**8 < dev_share else "train"
+def _source(pool: groups.Pool) -> str:
+    """What a query is split by: its source passage, so that its kinds stay together, or itself."""
+    return pool.source_id or pool.query_id
+
+
+def _held_out(pools: list[groups.Pool], context: Context) -> set[str]:
+    """The sources held out for dev measures, at least one: the first by a seeded hash."""
+    train = context.config.train
+    sources = {_source(pool) for pool in pools}
+    share = min(train.dev_share, train.dev_queries / max(1, len(pools)))
+    by_hash = sorted(sources, key=lambda key: digest([context.config.seed, key]))
+    return set(by_hash[: max(1, round(share * len(sources)))])
 
 
 def _row(corpus: str, group: groups.Group, split: str) -> dict[str, Any]:
