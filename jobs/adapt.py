@@ -29,7 +29,6 @@ def adapt(context: Context, until: str | None) -> str | None:
     if context.dry_run:
         print(plan.describe(context, pipeline, until))
         return None
-    connect(context.config)
     return pipeline(context, until)
 
 
@@ -46,6 +45,8 @@ def pipeline(context: Context, until: str | None) -> str | None:
     queries = [generate.run(context, datasets[i], sources[i], corpora[i]) for i in everyone]
     if until == "queries":
         return None
+    if not context.dry_run:
+        connect(config)  # only now: what is wrong with the data shows before any cluster starts
     passages = [encode.run(context, corpora[i], "passage", f"encoding '{names[i]}'") for i in everyone]
     vectors = [
         encode.run(context, queries[i], "query", f"encoding queries of '{names[i]}'") for i in everyone

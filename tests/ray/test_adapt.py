@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -93,8 +94,8 @@ def test_run_files_and_report(finished: Path) -> None:
         first = (finished / "runs" / f"{system}.trec").read_text().splitlines()[0].split()
         assert len(first) == 6 and first[1] == "Q0" and first[3] == "1"
     page = (finished / "report.html").read_text()
-    assert page.count("<svg") >= 5 and "http://" not in page.replace("http://www.w3.org", "")
-    assert "src=" not in page  # self-contained
+    assert page.count("<svg") >= 5
+    assert not re.search(r"""<(script|link|img|iframe)|(src|href)=["']?https?:""", page)  # self-contained
     assert (finished / "model" / "README.md").read_text().startswith("---\nlibrary_name")
 
 
@@ -159,7 +160,9 @@ def test_several_corpora_one_model(
         for setting in small_settings(collection, Path(student_folder), tmp_path / "out")
         if not setting.startswith("dataset.")
     ]
-    entries = ",".join(f"{{path:{folder},log_split:train,dev_split:dev}}" for folder in (collection, twin))
+    entries = ",".join(
+        f"{{path: {folder}, log_split: train, dev_split: dev}}" for folder in (collection, twin)
+    )
     where = adapt([*settings, f"datasets=[{entries}]", "train.max_epochs=1"])
     metrics = json.loads(Path(str(where)).read_text())
     assert set(metrics["datasets"]) == {collection.name, "twin"}
@@ -189,7 +192,8 @@ def test_extractive_queries_follow_the_consistency_rule(
     for row in rows:
         assert row["positive_id"] == row["passage_ids"][0] == sources[row["query_id"]]
         assert row["positive_id"] not in row["passage_ids"][1:] + row["excluded_ids"]
-        assert len(row["passage_ids"]) == 6
+        # nothing is judged, so the lists held out are whole pools
+        assert len(row["passage_ids"]) == (6 if row["split"] == "train" else 20)
     manifest = json.loads((groups / "manifest.json").read_text())
     assert manifest["gate"]["passed"] is None  # nothing was judged: unproven
     rejects = pq.read_table(groups / "rejects.parquet").to_pylist()
@@ -203,7 +207,7 @@ def test_cross_encoder_teacher_scores_are_its_own_predictions_and_cached(
     import torch
     from sentence_transformers import CrossEncoder
 
-    folder = make_cross_encoder()
+    folder = make_cross_encoder(1)
     settings = small_settings(collection, Path(student_folder), tmp_path / "out")
     teacher = ["teacher.kind=cross_encoder", f"teacher.model={folder}", "teacher.max_tokens=64"]
     adapt([*settings, *teacher], until="score")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from retrieval_ray.config import load
 from retrieval_ray.errors import UserError
 from retrieval_ray.stages import job
 
@@ -82,17 +83,16 @@ def test_bad_data(spoil, expected, beir, tmp_path, student_folder, monkeypatch, 
 
 
 def test_output_of_another_run(beir, tmp_path, student_folder, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "run.json").write_text('{"run": "x", "config": {"seed": 5}, "profile": {}}')
-    settings = [f"dataset.path={beir}", f"student.model={student_folder}", f"output_dir={output}"]
-    message = fails([*settings, "compute.precision=float32"], monkeypatch, capsys)
-    assert "another run's results" in message and "seed" in message
-
-
-def test_too_few_resources(beir, tmp_path, student_folder, ray_local, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     settings = [f"dataset.path={beir}", f"student.model={student_folder}", f"output_dir={tmp_path / 'out'}"]
-    message = fails([*settings, "compute.precision=float32", "compute.workers=40"], monkeypatch, capsys)
+    settings.append("compute.precision=float32")
+    job.open_run(load(str(ROOT / "configs" / "cpu.yaml"), [*settings, "seed=1"]), dry_run=False)
+    message = fails([*settings, "seed=2"], monkeypatch, capsys)
+    assert "another run's results" in message and "(different: seed)" in message
+
+
+def test_too_few_resources(collection, tmp_path, student_folder, ray_local, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    settings = small_settings(collection, Path(student_folder), tmp_path / "out")
+    message = fails([*settings, "compute.workers=40"], monkeypatch, capsys)
     assert "42 CPU" in message and "compute.workers" in message
 
 
