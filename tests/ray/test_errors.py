@@ -123,6 +123,6 @@ def test_dry_run_writes_nothing(collection, student_folder, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", arguments)
     job.main(job_module("adapt").adapt, "")
     plan = capsys.readouterr().out
-    assert "run    corpus" in plan and "96 passages" in plan and "48 training queries" in plan
+    assert "run    corpus" in plan and "640 passages" in plan and "48 training queries" in plan
     assert "1,600 pairs" in plan  # (48 + 16 + 16) queries x teacher.depth 20
     assert not output.exists()
