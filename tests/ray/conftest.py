@@ -51,7 +51,7 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         passages,
         {
-            f"q{n}": (f"where do {who} {verb} {thing} {place}", f"p{n}")
+            f"q{n}": (f"where do {who} {verb} {thing} {place}", f"p{8 * n}")
             for n, (who, verb, thing, place) in enumerate(sorted(seen)[::8])
         },
         {"train": range(48), "dev": range(48, 64), "test": range(64, 80)},
