@@ -30,7 +30,7 @@ from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.step import Lists, Objective
 from retrieval_ray.student import Student
 
-VERSION = 1
+VERSION = 2
 _EXECUTION_KEYS = ("checkpoint_minutes",)
 _LEAST_STEPS = 8  # an epoch's worth of a small corpus: the batch is scaled down to this
 

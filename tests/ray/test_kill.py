@@ -14,7 +14,7 @@ import pytest
 
 from .conftest import ROOT, small_settings
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(2400)]
 # What shows that a stage is under way: a line it says when it begins, or a file in its folder.
 MOMENTS = [
     "line encoding 'trade",
