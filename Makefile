@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 
 .PHONY: setup demo test check bench
 
-setup: $(VENV)/.done
+setup: $(VENV)/.done-$(EXTRAS)
 
 # torch goes first and pinned: an unpinned one would bring several gigabytes of CUDA libraries.
-$(VENV)/.done: pyproject.toml constraints.txt
+$(VENV)/.done-$(EXTRAS): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'

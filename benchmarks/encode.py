@@ -61,6 +61,7 @@ def main() -> None:
     }
     if not quick:
         target = Path(__file__).parent / "results" / "encode.json"
+        target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 

@@ -6,6 +6,7 @@ This file is the pipeline; each line is a stage that reads tables and writes tab
 """
 
 from retrieval_ray.datasets import open_source
+from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
 from retrieval_ray.stages import (
     encode,
@@ -38,6 +39,8 @@ def pipeline(context: Context, until: str | None) -> str | None:
     sources = [open_source(dataset.path) for dataset in datasets]
     names = [source.name for source in sources]
     everyone = range(len(datasets))
+    if len(set(names)) < len(names):
+        raise UserError(f"datasets: two corpora have the same name ({', '.join(sorted(names))})")
 
     corpora = [ingest.run(context, datasets[i], sources[i]) for i in everyone]
     if until == "corpus":
@@ -46,7 +49,7 @@ def pipeline(context: Context, until: str | None) -> str | None:
     if until == "queries":
         return None
     if not context.dry_run:
-        connect(config)  # only now: what is wrong with the data shows before any cluster starts
+        connect(context)  # only now: what is wrong with the data shows before any cluster starts
     passages = [encode.run(context, corpora[i], "passage", f"encoding '{names[i]}'") for i in everyone]
     vectors = [
         encode.run(context, queries[i], "query", f"encoding queries of '{names[i]}'") for i in everyone
@@ -129,6 +132,8 @@ def pipeline(context: Context, until: str | None) -> str | None:
                 scored[i], groups[i], found,
             )
         )  # fmt: skip
+    if context.dry_run:
+        return None
     stages = [{**kept, "evaluate": evaluated[i]} for i, kept in enumerate(stages)]
     where = results.write(
         context,

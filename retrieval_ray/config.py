@@ -36,7 +36,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
     },
     "train": {
         "batch_queries": (1, _MANY), "dev_queries": (1, _MANY),
-        "max_epochs": (0, _MANY), "patience": (0, _MANY),
+        "max_epochs": (0, _MANY), "patience": (1, _MANY),
         "learning_rate": (_TINY, 1), "weight_decay": (0, _MANY), "clip_norm": (_TINY, _MANY),
         "min_warmup_steps": (0, _MANY), "lr_floor": (0, 1), "teacher_temperature": (_TINY, _MANY),
         "student_temperature": (_TINY, _MANY), "infonce_temperature": (_TINY, _MANY),
@@ -279,8 +279,8 @@ def _check_values(config: Config) -> None:
         "teacher.depth: must be at least groups.list_size, or no list can be filled",
     )
     need(
-        config.retrieve.depth >= config.teacher.depth,
-        "retrieve.depth: must be at least teacher.depth",
+        config.retrieve.depth >= max(100, config.teacher.depth),
+        "retrieve.depth: must be at least 100 (recall@100 looks so far) and at least teacher.depth",
     )
     need(
         config.evaluate.systems.count("bm25") == 0 or "bm25" in config.retrieve.retrievers,
@@ -295,7 +295,12 @@ def _check_values(config: Config) -> None:
         config.groups.lower_percentile < config.groups.upper_percentile,
         "groups.lower_percentile: must be lower than groups.upper_percentile",
     )
-    need(config.queries.sources != [], "queries.sources: name at least one, or null")
+    sources = config.queries.sources
+    need(
+        sources is None or (sources != [] and len(set(sources)) == len(sources)),
+        "queries.sources: name at least one, each once, or null",
+    )
+    need(config.seed >= 0, "seed: must not be negative")
     weights = config.teacher.weights
     need(
         weights is None or (min(weights.values(), default=0) >= 0 and sum(weights.values()) > 0),

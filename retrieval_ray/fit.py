@@ -81,7 +81,7 @@ def fit(
     on_step: OnStep = lambda step, total, terms: None,
     on_epoch: Callable[[Mapping[str, float]], None] = lambda row: None,
 ) -> Progress:
-    """Train, and leave the best trained weights in the student and in ``folder``.
+    """Train, and leave the best trained weights in rank 0's student and in ``folder``.
 
     Continues from the newest checkpoint in ``folder``. Whether the best trained epoch beats the
     untouched student is ``chosen(progress.history) > 0``.
@@ -152,7 +152,7 @@ def fit(
                 _checkpoint(student, optimiser, progress, folder)
                 saved_at = time.monotonic()
         finish_epoch()
-    if progress.best_epoch is not None:
+    if progress.best_epoch is not None and world()[0] == 0:  # others need not wait for its file
         _load_weights(student, folder / "best.safetensors")
     return progress
 

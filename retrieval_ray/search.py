@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import faiss
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from retrieval_ray.runs import Ranking, exact_dot, top_k
 
@@ -24,6 +25,7 @@ class Shard:
     def __init__(self, passage_ids: Sequence[str], vectors_ND: Vectors) -> None:
         self.passage_ids = list(passage_ids)
         self.vectors_ND = vectors_ND
+        faiss.omp_set_num_threads(torch.get_num_threads())
         index: faiss.Index = faiss.IndexFlatIP(vectors_ND.shape[1])
         if hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0:
             index = faiss.index_cpu_to_all_gpus(index)

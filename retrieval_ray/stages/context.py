@@ -9,13 +9,14 @@ from typing import Any
 
 import ray
 
+from retrieval_ray import __version__
 from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.config import Config, to_dict
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
 
 _RECORDED = (
-    "retrieval-ray", "ray", "torch", "transformers", "sentence-transformers", "pyarrow", "numpy",
+    "ray", "torch", "transformers", "sentence-transformers", "pyarrow", "numpy",
     "bm25s", "pytrec-eval-terrier",
 )  # fmt: skip
 STAGES = ("corpus", "queries", "encode", "retrieve", "score", "groups", "train", "evaluate")
@@ -85,7 +86,7 @@ class Context:
             **facts,
             seconds=round(time.monotonic() - self.started[stage.fingerprint], 3),
             config=to_dict(self.config),
-            versions={name: metadata.version(name) for name in _RECORDED},
+            versions={"retrieval-ray": __version__} | {n: metadata.version(n) for n in _RECORDED},
         )
 
     def worker_resources(self) -> dict[str, float]:
@@ -100,12 +101,13 @@ class Context:
         return replace(self, student=student)
 
 
-def connect(config: Config) -> None:
+def connect(context: Context) -> None:
     """Join the cluster this job was submitted to, or start a local one.
 
     Raises ``UserError`` when the cluster cannot ever give what the workers ask for: Ray itself
     would wait for it silently and for ever.
     """
+    compute = context.config.compute
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
@@ -114,14 +116,14 @@ def connect(config: Config) -> None:
             ray.init(log_to_driver=False, logging_level="warning")
         else:
             ray.init(
-                num_cpus=config.compute.logical_cpus,
+                address="local",
+                num_cpus=compute.logical_cpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="warning",
             )
     there = ray.cluster_resources()
-    compute = config.compute
-    gpus = compute.gpus_per_worker or 0
+    gpus = context.worker_resources()["num_gpus"]
     needed = {
         # one for the driver of Ray Train, one to spare for Ray Data's own tasks
         "CPU": compute.workers * compute.cpus_per_worker + 2,

@@ -17,11 +17,12 @@ VERSION = 1
 
 def run(context: Context, texts: Stage, role: Role, label: str) -> Stage:
     """Encode every row of a corpus or queries stage with the context's student."""
+    other = "passage" if role == "query" else "query"  # whose prompt and length change nothing here
     identity = {
         "version": VERSION,
         "texts": texts.content(),
         "titles": texts.identity.get("titles"),
-        "student": student_identity(context),
+        "student": {key: value for key, value in student_identity(context).items() if other not in key},
         "role": role,
         "profile": context.profile.numeric(),
     }

@@ -113,7 +113,7 @@ def run(context: Context, dataset: DatasetConfig, source: Source, corpus: Stage)
 
 def queries_table(queries: Stage) -> pa.Table:
     """All queries of a queries stage, in the order of its parts."""
-    return queries.read_all("queries-")
+    return schema.check(queries.read_all("queries-"), "queries", queries.folder.path)
 
 
 def qrels_of(queries: Stage, split: str) -> dict[str, dict[str, int]]:

@@ -17,7 +17,7 @@ from retrieval_ray.stages.generate import qrels_of, queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.stages.score import scores_of
 
-VERSION = 1
+VERSION = 2
 EQUAL_WEIGHTS = {"late": 1 / 3, "bm25": 1 / 3, "dense": 1 / 3}
 
 
@@ -179,9 +179,11 @@ def _build(
             rejects.append((pool.query_id, *problem))
         else:
             by_kind[pool.kind].append(pool)
-    whole = not qrels_of(queries, "dev")  # then dev lists must carry the choice of the epoch alone
-    held_out = _held_out([pool for pools in by_kind.values() for pool in pools], context)
-    built = []
+    survivors: list[tuple[groups.Pool, groups.Scale, groups.Group]] = []
+    rules: dict[str, Any] = {
+        "false_negative_ratio": config.false_negative_ratio,
+        "negatives": config.negatives,
+    }
     for kind in sorted(by_kind):
         scale = groups.Scale.of(
             np.concatenate([pool.scores_N for pool in by_kind[kind]]),
@@ -190,18 +192,23 @@ def _build(
             min_positive_percentile=config.min_positive_percentile,
         )
         for pool in by_kind[kind]:
-            split = "dev" if _source(pool) in held_out else "train"
-            group = groups.build(
-                pool,
-                scale,
-                list_size=len(pool.passage_ids) if split == "dev" and whole else config.list_size,
-                false_negative_ratio=config.false_negative_ratio,
-                negatives=config.negatives,
-            )
+            group = groups.build(pool, scale, list_size=config.list_size, **rules)
             if isinstance(group, groups.Group):
-                built.append((group, split))
+                survivors.append((pool, scale, group))
             else:
                 rejects.append((pool.query_id, *group))
+    held_out = _held_out([pool for pool, _, _ in survivors], context)
+    whole = not qrels_of(queries, "dev")  # then dev lists must carry the choice of the epoch alone
+    built = []
+    for pool, scale, group in survivors:
+        if _source(pool) not in held_out:
+            built.append((group, "train"))
+        elif not whole:
+            built.append((group, "dev"))
+        else:
+            pooled = groups.build(pool, scale, list_size=len(pool.passage_ids), **rules)
+            assert isinstance(pooled, groups.Group)
+            built.append((pooled, "dev"))
     return built, rejects
 
 

@@ -20,7 +20,7 @@ def passage_text(title: str, text: str, *, titles: bool) -> str:
 
 def corpus_table(corpus: Stage) -> pa.Table:
     """All passages of a corpus stage, in the order of its parts."""
-    return corpus.read_all("corpus-")
+    return schema.check(corpus.read_all("corpus-"), "corpus", corpus.folder.path)
 
 
 def texts_by_id(corpus: Stage) -> dict[str, str]:

@@ -7,6 +7,7 @@ else is our fault and keeps its traceback.
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from retrieval_ray.stages.context import STAGES, Context, Model, Profile
 from retrieval_ray.student import probe_precision, resolve_model, weights_sha
 
 _EXECUTION_KEYS = ("output_dir", "store", "compute")
+_USER_ERROR = re.compile(r"retrieval_ray\.errors\.UserError: (.+)")
 _NO_SPACE = "No space left on device"
 
 
@@ -57,18 +59,20 @@ def open_run(config: Config, *, dry_run: bool) -> Context:
     identity = {k: v for k, v in to_dict(config).items() if k not in _EXECUTION_KEYS}
     record = output / "run.json"
     known: dict[str, Any] = record.read_json() if record.exists() else {}
-    if known and known["run"] != digest(identity):
+    # A run that never finished may be corrected; results are never overwritten by another run's.
+    finished = (output / "metrics.json").exists()
+    if known and finished and known["run"] != digest(identity):
         changed = sorted(_differences(known["config"], identity))
         raise UserError(
             f"output_dir '{config.output_dir}' holds another run's results "
             f"(different: {', '.join(changed[:5])}); choose another output_dir, or delete it"
         )
-    if not known and (output / "metrics.json").exists():
+    if not known and finished:
         raise UserError(f"output_dir '{config.output_dir}' holds results of something else")
     profile = _profile(config, known.get("profile", {}))
+    path = resolve_model(config.student.model)
     if not dry_run:
         record.write_json({"run": digest(identity), "config": identity, "profile": asdict(profile)})
-    path = resolve_model(config.student.model)
     store = Location.of(config.store) if config.store else output / "store"
     return Context(config, store, profile, Model(path, weights_sha(path)), dry_run)
 
@@ -82,6 +86,10 @@ def explain(error: BaseException) -> str | None:
         inner = getattr(cause, "cause", None)  # Ray's wrapper keeps the worker's own error here
         cause = inner if isinstance(inner, BaseException) else cause.__cause__
     for link in chain:
+        # Ray's wrappers hold what a worker raised as text, when they do not hold it as the cause
+        in_worker = _USER_ERROR.findall(str(link))
+        if in_worker:
+            return str(in_worker[-1])
         if isinstance(link, UserError):
             return str(link)
     for link in chain:

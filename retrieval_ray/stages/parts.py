@@ -51,6 +51,7 @@ def run_parts(
         return []
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
+    settings.execution_no_progress_timeout_s = 24 * 3600  # one part of a slow teacher may take hours
     settings.execution_options.verbose_progress = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     size = min(context.config.compute.workers, len(parts))

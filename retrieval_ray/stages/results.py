@@ -166,6 +166,8 @@ def _show(documents: list[dict[str, Any]]) -> None:
         for system, values in document["systems"].items():
             table.add_row(system, *(f"{values[metric]:.4f}" for metric in METRICS))
         console.print(table)
+        if document["gate"]["passed"] is None:
+            console.print("the teacher is unproven on this corpus: no judged dev queries (dataset.dev_split)")
         delta = document["delta"]["ndcg@10"]
         if document["decision"] == "adapted":
             console.print(

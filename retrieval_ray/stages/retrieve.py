@@ -19,7 +19,7 @@ from retrieval_ray.stages.encode import Vectors, part_texts
 from retrieval_ray.stages.ingest import duplicates
 from retrieval_ray.stages.parts import run_parts
 
-VERSION = 1
+VERSION = 2
 FUSED = "fused"
 
 
@@ -62,7 +62,6 @@ def run(
             "target": target,
             "depth": config.retrieve.depth,
         }
-        # Search deeper than the depth, so that left-out passages do not shorten rankings.
         shards = min(config.compute.workers, int(passages.manifest()["buckets"]))
         run_parts(
             context,
@@ -98,7 +97,7 @@ def run(
 def rankings_of(retrieved: Stage, retriever: str) -> dict[str, Ranking]:
     """One retriever's rankings by query_id."""
     found: dict[str, Ranking] = defaultdict(list)
-    table = retrieved.read_all("run-")
+    table = schema.check(retrieved.read_all("run-"), "run", retrieved.folder.path)
     table = table.filter(pa.compute.equal(table.column("retriever"), retriever))
     columns = (table.column(name).to_pylist() for name in ("query_id", "passage_id", "score"))
     for query_id, passage_id, score in zip(*columns, strict=True):  # stored in the order of ranks
@@ -121,6 +120,11 @@ def _rows(rankings: dict[str, Ranking], retriever: str) -> pa.Table:
     return pa.table(dict(zip(names, map(list, columns), strict=True)), schema=schema.TABLES["run"])
 
 
+def _search_depth(corpus: Stage, depth: int) -> int:
+    """How deep to search, so that what training leaves out seldom shortens a ranking."""
+    return depth + 1 + min(len(duplicates(corpus)), depth)
+
+
 class _Searcher:
     def __init__(
         self,
@@ -133,8 +137,7 @@ class _Searcher:
     ) -> None:
         self.corpus, self.queries, self.target = corpus, queries, target
         self.passages, self.query_vectors = passages, query_vectors
-        # Room for what the merge leaves out of a training query's ranking.
-        self.depth = depth + 1 + min(len(duplicates(corpus)), depth)
+        self.depth = _search_depth(corpus, depth)
         self._bm25: bm25.Bm25 | None = None
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
@@ -194,6 +197,7 @@ class _Merger:
         self.retrievers, self.shards = retrievers, shards
         self.same_id = exclude_same_id
         self.duplicates = duplicates(corpus)
+        self.search_depth = _search_depth(corpus, depth)
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])
@@ -228,9 +232,11 @@ class _Merger:
         return {"queries": len(splits)}
 
     def _cleaned(self, query_id: str, split: str, partial: list[Ranking]) -> Ranking:
-        """Training never sees duplicates; a judged query never finds the passage with its own id."""
-        left_out = self.duplicates if split == "train" else {query_id} if self.same_id else set()
-        return without_ids(merge(partial, self.depth + len(self.duplicates) + 1), left_out)[: self.depth]
+        """Training never sees duplicates; no query finds the passage with its own id."""
+        left_out = {query_id} if self.same_id else set()
+        if split == "train":
+            left_out |= self.duplicates
+        return without_ids(merge(partial, self.search_depth), left_out)[: self.depth]
 
     def _read(self, name: str) -> list[tuple[str, Ranking]]:
         table = self.target.read(name)

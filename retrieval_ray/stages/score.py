@@ -138,13 +138,14 @@ def scores_of(scored: dict[str, Stage]) -> dict[str, dict[tuple[str, str], float
 def _teacher_id(context: Context, teacher: str, corpus: Stage, cross_encoder: Model | None) -> str:
     """Everything that decides a score beside the two texts."""
     if teacher == "bm25":
-        return f"bm25@{corpus.content()[:16]}-{bm25.VERSION}"
+        return f"bm25@{corpus.fingerprint}-{bm25.VERSION}"
     if cross_encoder is not None:
         config = context.config.teacher
         return f"cross_encoder@{cross_encoder.sha[:16]}-{config.max_tokens}-{context.profile.precision}"
     student = student_identity(context)
     settings = "-".join(f"{key}={student[key]!r}" for key in sorted(student) if key != "sha")
-    return f"{teacher}@{context.student.sha[:16]}-{context.profile.precision}-{settings}"
+    numbers = "-".join(map(str, context.profile.numeric().values()))
+    return f"{teacher}@{context.student.sha[:16]}-{numbers}-{settings}"
 
 
 def _pool(retrieved: Stage, depth: int) -> pa.Table:

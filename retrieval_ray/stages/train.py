@@ -15,6 +15,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
+from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, Stage, digest, stage
 from retrieval_ray.batching import epoch_batches
 from retrieval_ray.config import to_dict
@@ -30,7 +31,7 @@ from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.step import Lists, Objective
 from retrieval_ray.student import Student
 
-VERSION = 2
+VERSION = 3
 _EXECUTION_KEYS = ("checkpoint_minutes",)
 _LEAST_STEPS = 8  # an epoch's worth of a small corpus: the batch is scaled down to this
 
@@ -47,13 +48,17 @@ class Trained:
     retrieved: Stage
     groups: Stage
 
+    def upstream(self) -> tuple[Stage, ...]:
+        """Every stage whose tables training reads."""
+        return (self.queries, self.passages, self.query_vectors, self.retrieved, self.groups)
+
 
 def run(context: Context, corpora: list[Trained]) -> Stage:
     """Train on the lists of these corpora; the best trained model ends in ``candidate/``."""
     config = context.config
     identity = {
         "version": VERSION,
-        "groups": [[c.name, c.groups.content(), c.queries.content()] for c in corpora],
+        "corpora": [[c.name, c.corpus.fingerprint, *(s.content() for s in c.upstream())] for c in corpora],
         "depth": config.teacher.depth,
         "student": student_identity(context),
         "train": {k: v for k, v in to_dict(config.train).items() if k not in _EXECUTION_KEYS},
@@ -104,15 +109,13 @@ def _files(folder: Location, prefix: str = "") -> list[str]:
 
 def _settings(context: Context, corpora: list[Trained], lists: list[Lists]) -> Settings:
     train = context.config.train
-    smallest = min(len(part.query_ids) for part in lists if len(part.query_ids))
-    batch = train.batch_queries
-    if smallest < _LEAST_STEPS * batch:
-        batch = max(1, min(batch, smallest // _LEAST_STEPS))
-        if batch < train.batch_queries:
-            say(
-                f"  warning: {smallest} training queries are fewer than {_LEAST_STEPS} batches of "
-                f"{train.batch_queries}; batches of {batch} are used"
-            )
+    queries = sum(len(part.query_ids) for part in lists)
+    batch = max(1, min(train.batch_queries, queries // _LEAST_STEPS))
+    if batch < train.batch_queries:
+        say(
+            f"  warning: {queries} training queries are fewer than {_LEAST_STEPS} batches of "
+            f"{train.batch_queries}; batches of {batch} are used"
+        )
     tau = train.student_temperature or _calibrated(context, corpora, lists)
     infonce = train.infonce_temperature or tau / 5
     say(
@@ -143,6 +146,8 @@ def _calibrated(context: Context, corpora: list[Trained], lists: list[Lists]) ->
     """
     student, teacher = [], []
     for corpus, part in zip(corpora, lists, strict=True):
+        if not len(part.query_ids):
+            continue
         passages, queries = Vectors.all(corpus.passages), Vectors.all(corpus.query_vectors)
         passage_at = {key: n for n, key in enumerate(passages.ids)}
         query_at = {key: n for n, key in enumerate(queries.ids)}
@@ -158,7 +163,7 @@ def _calibrated(context: Context, corpora: list[Trained], lists: list[Lists]) ->
 
 
 def _lists(groups: Stage, split: str) -> Lists:
-    table = groups.read("groups.parquet")
+    table = schema.check(groups.read("groups.parquet"), "groups", groups.folder.path)
     table = table.filter(pa.compute.equal(table.column("split"), split))
     passages = table.column("passage_ids").to_pylist()
     shortest = min(map(len, passages), default=0)  # dev lists may be whole pools of unequal length

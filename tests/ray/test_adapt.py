@@ -109,6 +109,17 @@ def test_a_rerun_does_nothing_and_says_so(
     assert {path: path.stat().st_mtime_ns for path in (finished / "store").rglob("*.*")} == before
 
 
+def test_a_dry_run_of_a_finished_run_changes_nothing(
+    finished: Path, collection: Path, student_folder: str
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.*")}
+    settings = small_settings(collection, Path(student_folder), finished)
+    context = job.open_run(load(CONFIG, settings), dry_run=True)
+    assert job_module("adapt").adapt(context, None) is None
+    assert all(line.startswith("reuse") for line in context.planned) and len(context.planned) >= 12
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.*")} == before
+
+
 def test_order_of_rows_and_number_of_workers_change_nothing(
     finished: Path, collection: Path, student_folder: str, tmp_path: Path
 ) -> None:

@@ -86,6 +86,9 @@ def test_output_of_another_run(beir, tmp_path, student_folder, monkeypatch, caps
     settings = [f"dataset.path={beir}", f"student.model={student_folder}", f"output_dir={tmp_path / 'out'}"]
     settings.append("compute.precision=float32")
     job.open_run(load(str(ROOT / "configs" / "cpu.yaml"), [*settings, "seed=1"]), dry_run=False)
+    job.open_run(load(str(ROOT / "configs" / "cpu.yaml"), [*settings, "seed=3"]), dry_run=False)
+    (tmp_path / "out" / "metrics.json").write_text("{}")  # from here on there is something to lose
+    job.open_run(load(str(ROOT / "configs" / "cpu.yaml"), [*settings, "seed=3"]), dry_run=False)
     message = fails([*settings, "seed=2"], monkeypatch, capsys)
     assert "another run's results" in message and "(different: seed)" in message
 
@@ -94,6 +97,17 @@ def test_too_few_resources(collection, tmp_path, student_folder, ray_local, monk
     settings = small_settings(collection, Path(student_folder), tmp_path / "out")
     message = fails([*settings, "compute.workers=40"], monkeypatch, capsys)
     assert "42 CPU" in message and "compute.workers" in message
+
+
+@pytest.mark.slow
+def test_what_a_worker_finds_wrong(  # type: ignore[no-untyped-def]
+    collection, tmp_path, student_folder, make_cross_encoder, ray_local, monkeypatch, capsys
+) -> None:
+    """Raised in an actor, wrapped by Ray, still one message."""
+    settings = small_settings(collection, Path(student_folder), tmp_path / "out")
+    teacher = ["teacher.kind=cross_encoder", f"teacher.model={make_cross_encoder(2)}"]
+    message = fails([*settings, *teacher], monkeypatch, capsys)
+    assert "has 2 outputs; a teacher needs one" in message
 
 
 def test_disk_full_is_told_apart_from_a_fault_of_ours() -> None:

@@ -1,4 +1,7 @@
-"""kill -9 of the whole process tree in each stage, and what the next start makes of it."""
+"""kill -9 of the whole process tree in each stage, and what the next start makes of it.
+
+Each start has a hash seed of its own (Python's default), so the bytes do not depend on it either.
+"""
 
 import hashlib
 import json
@@ -17,12 +20,16 @@ from .conftest import ROOT, small_settings
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(2400)]
 # What shows that a stage is under way: a line it says when it begins, or a file in its folder.
 MOMENTS = [
+    "line corpus 'trade",
+    "line queries of",
     "line encoding 'trade",
     "line encoding queries",
     "file encode-*/vectors-*",
     "line retrieval on",
     "file retrieve-*/partial-*",
     "line teacher on 'trade0': late",
+    "file retrieve-*/run-*",
+    "line teacher on 'trade0': bm25",
     "line teacher on 'trade0': dense",
     "line groups of",
     "line training on",
