@@ -283,7 +283,7 @@ def test_an_unknown_choice_lists_the_known_ones(path: Path, override: str, known
     [
         "groups.list_size=1",
         "teacher.depth=19",
-        "retrieve.depth=49",
+        "retrieve.depth=99",
         "retrieve.retrievers=[bm25]",
         "retrieve.retrievers=[]",
         "teacher.kind=cross_encoder",
@@ -312,14 +312,14 @@ def test_values_on_the_edge_are_accepted(path: Path) -> None:
         [
             "groups.list_size=2",
             "teacher.depth=2",
-            "retrieve.depth=2",
+            "retrieve.depth=100",
             "train.dev_share=0.01",
             "compute.token_budget=1",
             "teacher.kind=cross_encoder",
             "teacher.model=x",
         ],
     )
-    assert (config.groups.list_size, config.teacher.depth, config.retrieve.depth) == (2, 2, 2)
+    assert (config.groups.list_size, config.teacher.depth, config.retrieve.depth) == (2, 2, 100)
 
 
 @pytest.mark.parametrize(
