@@ -1,6 +1,6 @@
 """Writes queries for passages, without Ray. This module holds the kinds that need no model.
 
-The ``llm`` source plugs in at the same place: a function from passages to ``Written`` rows.
+Every kind is a function from passages to ``Written`` rows; an LLM's queries are not written here yet.
 """
 
 import math
