@@ -63,7 +63,7 @@ def _passages() -> Iterator[tuple[str, str, str]]:
 
     Raises ``UserError`` where Python was started without docstrings (``-OO``).
     """
-    if not json_has_docs():
+    if not json.dumps.__doc__:  # stripped by -OO
         raise UserError(
             "the demo corpus is made of docstrings, and this Python has none: "
             "run without -OO and without PYTHONOPTIMIZE=2"
@@ -78,13 +78,6 @@ def _passages() -> Iterator[tuple[str, str, str]]:
         title = name.removeprefix("topic:")
         for number, piece in enumerate(split(text), start=1):
             yield (name if number == 1 else f"{name}#{number}"), title, piece
-
-
-def json_has_docs() -> bool:
-    """Whether docstrings are there at all (``python -OO`` strips them)."""
-    import json
-
-    return bool(json.dumps.__doc__)
 
 
 def split(text: str, words: int = WORDS_PER_PASSAGE) -> list[str]:
