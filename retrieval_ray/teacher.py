@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from retrieval_ray.errors import UserError
+from retrieval_ray.model_files import resolve_model
 
 
 def late_interaction(queries_TD: Sequence[Tensor], passage_TD: Tensor) -> list[float]:
@@ -32,11 +33,14 @@ def late_interaction(queries_TD: Sequence[Tensor], passage_TD: Tensor) -> list[f
 
 
 class CrossEncoderTeacher:
-    """A sentence-transformers CrossEncoder with one output: its raw logit, no activation."""
+    """A sentence-transformers CrossEncoder with one output: its raw logit, no activation.
+
+    model: what ``student.resolve_model`` takes.
+    """
 
     def __init__(
         self,
-        path: str,
+        model: str,
         *,
         max_tokens: int,
         device: str | None = None,
@@ -44,6 +48,7 @@ class CrossEncoderTeacher:
     ) -> None:
         from sentence_transformers import CrossEncoder
 
+        path = resolve_model(model)
         try:
             self.model = CrossEncoder(
                 path,
