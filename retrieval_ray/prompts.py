@@ -1,0 +1,144 @@
+"""Six kinds of queries: what an LLM is asked, for one passage.
+
+The kinds are CADET's (arXiv 2505.19274 and 2502.19712): question, claim, title, keywords, and what a
+user would type, without examples (``user_query``) and with them (``user_query_few_shot``). The words
+are ours. Exemplars stand as earlier turns of the conversation, so the reply needs no marks around it;
+instructions stand in the first user turn, because some chat templates know no system role. What many
+prompts share comes first: instruction, then exemplars, then the passage, so an engine that keeps
+prefixes computes the first two once for every passage that draws the same exemplars.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from retrieval_ray.errors import UserError
+
+PROMPT_VERSION = "prompts-1"
+EXEMPLARS = 3  # shown in a prompt, as in the papers' code
+PASSAGE_CHARS = 2048  # the papers' cut
+Messages = list[dict[str, str]]
+
+_COMMON = (
+    "Use fewer than 20 words. It must be clear to someone who has not seen the passage, it must be about "
+    "what the passage says, and it must not repeat long pieces of the passage's wording."
+)
+_TASKS = {
+    "question": f"write one natural question that the passage answers. {_COMMON}",
+    "claim": "write one specific claim, a single sentence that could be checked, which the passage "
+    f"supports. {_COMMON}",
+    "title": f"write a short title for the passage. {_COMMON}",
+    "keywords": "write up to 5 keywords or short phrases for what the passage is about, separated by "
+    "commas. Prefer general terms to the passage's own phrases, and repeat none.",
+    "user_query": "write what somebody would casually type into a search box when this passage is what "
+    "they need: a few words on the topic, a short description, or a question. They do not know the "
+    f"passage's wording. {_COMMON}",
+    "user_query_few_shot": "write the search query of somebody who needs this passage, in the manner of "
+    f"the examples. {_COMMON}",
+}
+KINDS = tuple(_TASKS)
+# The column of the pool that shows a kind; user_query is shown nothing.
+_SHOWN = {
+    "question": "question", "claim": "claim", "title": "title", "keywords": "keywords",
+    "user_query_few_shot": "query",
+}  # fmt: skip
+_NAMES = {
+    "question": "question", "claim": "claim", "title": "title", "keywords": "keywords",
+    "user_query": "query", "user_query_few_shot": "query",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Exemplars to draw from: rows of a passage and what was written for it, and the rows' digest."""
+
+    rows: tuple[Mapping[str, str], ...]
+    sha: str
+
+    def draw(self, kind: str, passage_id: str, *, seed: int, sets: int | None) -> list[tuple[str, str]]:
+        """(passage, reply) exemplars for a prompt of this kind: the same in every run.
+
+        sets: how many different draws there are for a kind; fewer are kept longer in an engine's
+        prefix cache. None: every passage has a draw of its own, as in the papers' code.
+        """
+        column = _SHOWN.get(kind)
+        if column is None:
+            return []
+        number = int(hashlib.sha256(f"{seed}\0{kind}\0{passage_id}".encode()).hexdigest()[:15], 16)
+        number = number if sets is None else number % sets
+        usable = [row for row in self.rows if row.get(column)]
+        drawn = random.Random(f"{seed}-{kind}-{number}").sample(usable, min(EXEMPLARS, len(usable)))
+        return [(row["passage"], row[column]) for row in drawn]
+
+
+def read_pool(path: str | None, language: str | None = None) -> Pool:
+    """A pool of exemplars: a JSONL file of one's own, else ours (English where the language has none).
+
+    A row has ``passage`` and one or more of ``question``, ``claim``, ``title``, ``keywords`` and
+    ``query``. Raises ``UserError`` where a row has not, with its line.
+    """
+    if path is not None and not Path(path).is_file():
+        raise UserError(f"queries.llm.exemplars: no such file: {path}")
+    if path is not None:
+        where, text = path, Path(path).read_text(encoding="utf-8-sig")
+    else:
+        folder = resources.files("retrieval_ray") / "exemplars"
+        own = folder / f"{(language or 'en').lower()}.jsonl"
+        chosen = own if own.is_file() else folder / "en.jsonl"
+        where, text = str(chosen), chosen.read_text(encoding="utf-8")
+    rows: list[Mapping[str, str]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}, line {number}: not valid JSON: {error}") from error
+        shown = set(_SHOWN.values())
+        fit = isinstance(row, dict) and all(isinstance(value, str) for value in row.values())
+        if not fit or not str(row.get("passage", "")).strip() or not shown & row.keys():
+            raise UserError(
+                f"{where}, line {number}: an exemplar needs 'passage' and one of "
+                f"{', '.join(sorted(shown))}, all of them texts"
+            )
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{where}: holds no exemplars")
+    return Pool(tuple(rows), hashlib.sha256(text.encode()).hexdigest())
+
+
+def messages(
+    kind: str, passage: str, exemplars: Sequence[tuple[str, str]], *, language: str | None
+) -> Messages:
+    """The conversation whose next turn is the query. The passage is cut to 2,048 characters.
+
+    language: of the query, as one would say it ("German") or as a code; None: the passage's own.
+    """
+    wanted = f"in the language '{language}'" if language else "in the passage's language"
+    instruction = (
+        "You help to build a search engine. You will be given passages; for each, "
+        f"{_TASKS[kind]} Write it {wanted}. Reply with the {_NAMES[kind]} alone, as plain text on one line."
+    )
+    turns: Messages = []
+    for text, reply in exemplars:
+        turns += [{"role": "user", "content": _ask(text)}, {"role": "assistant", "content": reply}]
+    turns.append({"role": "user", "content": _ask(passage)})
+    turns[0] = {"role": "user", "content": f"{instruction}\n\n{turns[0]['content']}"}
+    return turns
+
+
+def _ask(passage: str) -> str:
+    return f"Passage: {' '.join(passage[:PASSAGE_CHARS].split())}"
+
+
+JSON_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"query": {"type": "string", "minLength": 3, "maxLength": 300}},
+    "required": ["query"],
+    "additionalProperties": False,
+}  # of a reply, where structured output is asked for
