@@ -5,9 +5,9 @@
 This file is the pipeline; each line is a stage that reads tables and writes tables.
 """
 
-from retrieval_ray.datasets import open_source
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
+from retrieval_ray.sources import open_source
 from retrieval_ray.stages import (
     encode,
     evaluate,

@@ -8,14 +8,7 @@ import pyarrow as pa
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Stage, bucket_count, bucket_of, digest, part_name, stage
 from retrieval_ray.config import DatasetConfig, QueriesConfig
-from retrieval_ray.datasets import (
-    Judged,
-    Source,
-    read_judged,
-    read_log,
-    read_log_file,
-    rejects_table,
-)
+from retrieval_ray.datasets import Judged, read_judged, read_log, read_log_file, rejects_table
 from retrieval_ray.errors import UserError
 from retrieval_ray.filters import query_rejects
 from retrieval_ray.generator import (
@@ -26,6 +19,7 @@ from retrieval_ray.generator import (
     extractive,
 )
 from retrieval_ray.progress import say
+from retrieval_ray.sources import Source
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import corpus_table, duplicates
 

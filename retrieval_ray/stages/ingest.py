@@ -5,9 +5,10 @@ import pyarrow as pa
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Stage, bucket_count, bucket_of, digest, part_name, stage
 from retrieval_ray.config import DatasetConfig
-from retrieval_ray.datasets import Source, read_corpus, rejects_table
+from retrieval_ray.datasets import read_corpus, rejects_table
 from retrieval_ray.errors import UserError
 from retrieval_ray.filters import near_duplicates
+from retrieval_ray.sources import Source
 from retrieval_ray.stages.context import Context
 
 VERSION = 1
