@@ -1,5 +1,6 @@
 """Collections of every format give the same tables, and what is wrong in their files is named."""
 
+import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -186,6 +187,12 @@ def test_marks_blank_lines_and_windows_line_ends_are_read(tmp_path: Path) -> Non
     check_collection(open_source(str(folder)))
 
 
+def test_a_mark_before_judgements_without_a_header_is_no_part_of_the_id(tmp_path: Path) -> None:
+    folder = beir(tmp_path)
+    (folder / "qrels" / "test.tsv").write_bytes(b"\xef\xbb\xbfq1\td1\t1\n")
+    assert read_judged(open_source(str(folder)), "test", IDS).texts.keys() == {"q1"}
+
+
 def test_ids_that_are_numbers_become_text(tmp_path: Path) -> None:
     folder = beir(tmp_path)
     write_lines(folder / "corpus.jsonl", [{"_id": 7, "text": "seven"}, {"_id": 30, "text": "x"}])
@@ -289,6 +296,104 @@ def test_parquet_judgements_without_a_column_name_it(tmp_path: Path) -> None:
     pq.write_table(table, folder / "qrels" / "test.parquet")
     said = said_of(read_judged, open_source(str(folder)), "test", IDS)
     assert "test.parquet" in said and "score" in said
+
+
+def first_half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def with_a_broken_page(content: bytes) -> bytes:
+    """The footer is whole, what stands before it is not."""
+    return b"PAR1" + bytes(len(content) // 3) + content[len(content) // 3 + 4 :]
+
+
+@pytest.mark.parametrize("name", ["corpus", "queries", "qrels/test"])
+@pytest.mark.parametrize("spoil", [lambda content: b"", first_half, with_a_broken_page, lambda _: b"no" * 99])
+def test_a_file_that_is_no_parquet_is_named(
+    tmp_path: Path, name: str, spoil: Callable[[bytes], bytes]
+) -> None:
+    folder = parquet(tmp_path / "tiny")
+    file = folder / f"{name}.parquet"
+    file.write_bytes(spoil(file.read_bytes()))
+    said = said_of(lambda: check_collection(open_source(str(folder))))
+    assert str(file) in said and "not readable as Parquet" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value"),
+    [
+        ("corpus", "_id", ["d1"]),
+        ("corpus", "title", {"de": "Zwei"}),
+        ("corpus", "text", ["one", "two"]),
+        ("corpus", "text", b"bytes"),
+        ("queries", "text", ["one", "two"]),
+        ("qrels/test", "query-id", ["q1"]),
+        ("qrels/test", "score", "high"),
+        ("qrels/test", "score", [1]),
+        ("qrels/test", "score", None),
+        ("qrels/test", "score", float("nan")),
+    ],
+)
+def test_a_column_of_a_wrong_type_names_file_row_and_column(
+    tmp_path: Path, name: str, column: str, value: object
+) -> None:
+    folder = parquet(tmp_path / "tiny")
+    file = folder / f"{name}.parquet"
+    table = pq.read_table(file)
+    wrong = pa.array([value] * table.num_rows)
+    pq.write_table(table.set_column(table.schema.get_field_index(column), column, wrong), file)
+    said = said_of(lambda: check_collection(open_source(str(folder))))
+    assert f"{file}, row 1" in said and f"'{column}'" in said
+
+
+def test_scores_that_are_numbers_as_text_are_read(tmp_path: Path) -> None:
+    folder = parquet(tmp_path / "tiny")
+    file = folder / "qrels" / "test.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(2, "score", pa.array(["1.0", "0", "2"])), file)
+    check_collection(open_source(str(folder)))
+
+
+@pytest.mark.parametrize("key", ["_id", "title", "text"])
+def test_a_list_where_text_must_be_names_file_line_and_key(tmp_path: Path, key: str) -> None:
+    folder = beir(tmp_path)
+    good = {"_id": "d1", "title": "", "text": "good"}
+    write_lines(folder / "corpus.jsonl", [good, {**good, "_id": "d2", key: ["one", "two"]}])
+    said = said_of(read_corpus, open_source(str(folder)))
+    assert "corpus.jsonl, line 2" in said and f"'{key}'" in said
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lambda text: bytes(range(255, 0, -1))])
+def test_a_file_that_is_not_text_is_told_apart_from_bad_json(
+    tmp_path: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    folder = beir(tmp_path)
+    for name in ("corpus.jsonl", "qrels/test.tsv"):
+        (folder / name).write_bytes(pack((folder / name).read_bytes()))
+    said = said_of(read_corpus, open_source(str(folder)))
+    assert "corpus.jsonl, line 1" in said and "not UTF-8 text" in said
+    assert "test.tsv, line 1" in said_of(read_judged, open_source(str(folder)), "test", IDS)
+
+
+def test_a_judgement_of_any_length_is_the_users_error(tmp_path: Path) -> None:
+    folder = beir(tmp_path)
+    write_lines(folder / "qrels" / "test.tsv", ["x" * 200_000])
+    assert "test.tsv, line 1" in said_of(read_judged, open_source(str(folder)), "test", IDS)
+
+
+def test_folders_in_the_place_of_files_and_files_in_the_place_of_folders_are_named(tmp_path: Path) -> None:
+    folder = beir(tmp_path / "tiny")
+    said = said_of(open_source, str(folder / "corpus.jsonl"))
+    assert "corpus.jsonl' is a file, not a folder" in said
+    for name in ("queries.jsonl", "qrels/test.tsv", "corpus.jsonl"):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    assert "it holds: corpus.jsonl/, qrels/, queries.jsonl/" in said_of(open_source, str(folder))
+    write_lines(folder / "corpus.parquet", [])
+    (folder / "queries.parquet").mkdir()
+    source = open_source(str(folder))
+    assert "queries.parquet: a folder, not a file" in said_of(read_judged, source, "test", IDS)
+    assert said_of(lambda: list(source.qrels("test"))).endswith("there are: train")
 
 
 def test_missing_folders_files_and_splits_are_named(tmp_path: Path) -> None:
