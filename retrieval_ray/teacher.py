@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from retrieval_ray.errors import UserError
+from retrieval_ray.model_files import resolve_model
 
 
 def late_interaction(queries_TD: Sequence[Tensor], passage_TD: Tensor) -> list[float]:
@@ -34,12 +35,13 @@ def late_interaction(queries_TD: Sequence[Tensor], passage_TD: Tensor) -> list[f
 class CrossEncoderTeacher:
     """A sentence-transformers CrossEncoder with one output: its raw logit, no activation.
 
-    Raises ``UserError`` for a folder that cannot be loaded and for another number of outputs.
+    model: what ``model_files.resolve_model`` takes. Raises ``UserError`` for one that cannot be loaded
+    and for another number of outputs.
     """
 
     def __init__(
         self,
-        path: str,
+        model: str,
         *,
         max_tokens: int,
         device: str | None = None,
@@ -47,6 +49,7 @@ class CrossEncoderTeacher:
     ) -> None:
         from sentence_transformers import CrossEncoder
 
+        path = resolve_model(model, "teacher.model")
         try:
             self.model = CrossEncoder(
                 path,

@@ -1,19 +1,16 @@
 """What every stage of one run shares: the config, the store, the student, the numeric profile."""
 
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
-from typing import Any
-
-import ray
 
 from retrieval_ray import __version__
 from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.config import Config, to_dict
-from retrieval_ray.errors import UserError
+from retrieval_ray.model_files import Model
 from retrieval_ray.progress import say
+from retrieval_ray.stages.profile import Profile
 
 _RECORDED = (
     "ray", "torch", "transformers", "sentence-transformers", "pyarrow", "numpy",
@@ -24,29 +21,6 @@ STAGES = ("corpus", "queries", "encode", "retrieve", "score", "groups", "train",
 
 class WouldRun(Exception):
     """Raised in a dry run by the first stage that is not finished."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What decides the bits of a result beside its inputs; resolved once, then written down."""
-
-    precision: str  # float32 | bfloat16
-    device: str  # cpu | cuda
-    threads: int  # per worker
-    token_budget: int
-    workers: int  # the training world size
-
-    def numeric(self) -> dict[str, Any]:
-        """The part that concerns single workers: their number changes no id and no rank."""
-        return {key: value for key, value in asdict(self).items() if key != "workers"}
-
-
-@dataclass(frozen=True)
-class Model:
-    """A student: where its folder lies and the hash of everything in it."""
-
-    path: str
-    sha: str
 
 
 @dataclass
@@ -92,48 +66,10 @@ class Context:
     def worker_resources(self) -> dict[str, float]:
         """Ray resources of one worker."""
         gpus = self.config.compute.gpus_per_worker
-        if gpus is None:
+        if gpus is None or self.profile.device == "cpu":
             gpus = 1.0 if self.profile.device == "cuda" else 0.0
         return {"num_cpus": self.config.compute.cpus_per_worker, "num_gpus": gpus}
 
     def with_student(self, student: Model) -> "Context":
         """The same run with another student (the adapted one, for evaluation)."""
         return replace(self, student=student)
-
-
-def connect(context: Context) -> None:
-    """Join the cluster this job was submitted to, or start a local one.
-
-    Raises ``UserError`` when the cluster cannot ever give what the workers ask for: Ray itself
-    would wait for it silently and for ever.
-    """
-    compute = context.config.compute
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
-    if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level="warning")
-        else:
-            ray.init(
-                address="local",
-                num_cpus=compute.logical_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="warning",
-            )
-    there = ray.cluster_resources()
-    gpus = context.worker_resources()["num_gpus"]
-    needed = {
-        # one for the driver of Ray Train, one to spare for Ray Data's own tasks
-        "CPU": compute.workers * compute.cpus_per_worker + 2,
-        "GPU": compute.workers * gpus,
-    }
-    for name, amount in needed.items():
-        if amount > there.get(name, 0):
-            raise UserError(
-                f"compute.workers={compute.workers} needs {amount:g} {name} "
-                f"({compute.cpus_per_worker} CPU, {gpus:g} GPU each, 2 CPU beside them), and the "
-                f"cluster has {there.get(name, 0):g}. Lower compute.workers, or give the cluster more"
-                + (" (a local one: compute.logical_cpus)" if name == "CPU" else "")
-            )

@@ -7,7 +7,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval_ray.artifacts import Stage, part_name, stage
-from retrieval_ray.stages.context import Context, Model
+from retrieval_ray.stages.collection import Collection, Encoded, extend
+from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import passage_text
 from retrieval_ray.stages.parts import run_parts
 from retrieval_ray.student import Role, Student
@@ -15,8 +16,19 @@ from retrieval_ray.student import Role, Student
 VERSION = 1
 
 
-def run(context: Context, texts: Stage, role: Role, label: str) -> Stage:
-    """Encode every row of a corpus or queries stage with the context's student."""
+def run(context: Context, collection: Collection, note: str = "") -> Encoded:
+    """Encode the passages and the queries of a collection with the context's student."""
+    return extend(
+        collection,
+        Encoded,
+        passages=_encode(context, collection.corpus, "passage", f"encoding '{collection.name}'{note}"),
+        query_vectors=_encode(
+            context, collection.queries, "query", f"encoding queries of '{collection.name}'{note}"
+        ),
+    )
+
+
+def _encode(context: Context, texts: Stage, role: Role, label: str) -> Stage:
     other = "passage" if role == "query" else "query"  # whose prompt and length change nothing here
     identity = {
         "version": VERSION,
@@ -49,11 +61,11 @@ def run(context: Context, texts: Stage, role: Role, label: str) -> Stage:
     return target
 
 
-def student_arguments(context: Context, model: Model | None = None) -> dict[str, Any]:
+def student_arguments(context: Context) -> dict[str, Any]:
     """What a worker passes to ``Student(...)``."""
     config = context.config.student
     return {
-        "path": (model or context.student).path,
+        "model": context.student.source,
         "precision": context.profile.precision,
         "device": context.profile.device,
         "query_prompt": config.query_prompt,
@@ -69,7 +81,7 @@ def student_identity(context: Context) -> dict[str, Any]:
     arguments = student_arguments(context)
     return {
         "sha": context.student.sha,
-        **{k: v for k, v in arguments.items() if k not in ("path", "device", "precision")},
+        **{k: v for k, v in arguments.items() if k not in ("model", "device", "precision")},
     }
 
 

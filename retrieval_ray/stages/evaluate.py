@@ -7,51 +7,42 @@ import pyarrow as pa
 from retrieval_ray import gate, metrics, schema
 from retrieval_ray.artifacts import Stage, stage
 from retrieval_ray.runs import Ranking
+from retrieval_ray.stages.collection import Grouped, Ranked
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.generate import qrels_of
 from retrieval_ray.stages.group import judged_pools
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
-from retrieval_ray.stages.score import scores_of
 
 VERSION = 1
 CUT = 100  # no metric looks deeper
 
 
-def run(
-    context: Context,
-    name: str,
-    threshold: int,
-    queries: Stage,
-    retrieved: Stage,
-    scored: dict[str, Stage],
-    groups: Stage,
-    candidate: Stage | None,
-) -> Stage:
-    """Measure base, BM25, teacher and the trained candidate (``candidate``: its retrieve stage)."""
+def run(context: Context, grouped: Grouped, adapted: Ranked | None) -> Stage:
+    """Measure base, BM25, teacher and, where one was trained, the candidate (``adapted``)."""
     identity = {
         "version": VERSION,
-        "corpus": name,
-        "queries": queries.content(),
-        "retrieved": retrieved.content(),
-        "scores": {teacher: scores.content() for teacher, scores in scored.items()},
-        "groups": groups.content(),
-        "weights": groups.manifest()["gate"]["weights"],
-        "candidate": candidate.content() if candidate else None,
+        "corpus": grouped.name,
+        "queries": grouped.queries.content(),
+        "retrieved": grouped.retrieved.content(),
+        "scores": {teacher: scores.content() for teacher, scores in grouped.scores.items()},
+        "groups": grouped.groups.content(),
+        "weights": grouped.groups.manifest()["gate"]["weights"],
+        "candidate": adapted.retrieved.content() if adapted else None,
         "systems": context.config.evaluate.systems,
         "depth": context.config.teacher.depth,
-        "relevance_threshold": threshold,
+        "relevance_threshold": grouped.relevance_threshold,
     }
     target = stage(context.store, "evaluate", identity)
-    if not context.start(target, f"evaluation on '{name}'"):
+    if not context.start(target, f"evaluation on '{grouped.name}'"):
         return target
-    qrels = qrels_of(queries, "test")
-    runs = {"base": rankings_of(retrieved, "dense")}
+    qrels = qrels_of(grouped.queries, "test")
+    runs = {"base": rankings_of(grouped.retrieved, "dense")}
     if "bm25" in context.config.evaluate.systems:
-        runs["bm25"] = rankings_of(retrieved, "bm25")
+        runs["bm25"] = rankings_of(grouped.retrieved, "bm25")
     if "teacher" in context.config.evaluate.systems:
-        runs["teacher"] = _teacher_run(context, retrieved, scored, groups, qrels)
-    if candidate is not None:
-        runs["candidate"] = rankings_of(candidate, "dense")
+        runs["teacher"] = _teacher_run(context, grouped, qrels)
+    if adapted is not None:
+        runs["candidate"] = rankings_of(adapted.retrieved, "dense")
     rows: list[dict[str, object]] = []
     for system, run in runs.items():
         cut = {q: run.get(q, [])[:CUT] for q in qrels}
@@ -59,7 +50,7 @@ def run(
         values = metrics.per_query(
             qrels,
             {q: [p for p, _ in ranking] for q, ranking in cut.items()},
-            relevance_threshold=threshold,
+            relevance_threshold=grouped.relevance_threshold,
         )
         rows += [
             {"system": system, "query_id": q, "metric": metric, "value": value}
@@ -94,21 +85,17 @@ def trec_lines(evaluated: Stage, system: str, tag: str) -> str:
 
 
 def _teacher_run(
-    context: Context,
-    retrieved: Stage,
-    scored: dict[str, Stage],
-    groups: Stage,
-    qrels: Mapping[str, Mapping[str, int]],
+    context: Context, grouped: Grouped, qrels: Mapping[str, Mapping[str, int]]
 ) -> dict[str, Ranking]:
     """The teacher's order of its pool, then the rest of the fused ranking below it.
 
     Scores of the run are ranks counted backwards: those of the two halves cannot be compared.
     """
-    weights = groups.manifest()["gate"]["weights"]
+    weights = grouped.groups.manifest()["gate"]["weights"]
     depth = context.config.teacher.depth
-    pools = judged_pools(retrieved, scores_of(scored), depth)
+    pools = judged_pools(grouped, depth)
     runs = {}
-    for query_id, ranking in rankings_of(retrieved, FUSED).items():
+    for query_id, ranking in rankings_of(grouped.retrieved, FUSED).items():
         if query_id in qrels:
             order = gate.rerank(pools[query_id], weights) + [p for p, _ in ranking[depth:]]
             runs[query_id] = [(p, float(len(order) - n)) for n, p in enumerate(order)]

@@ -20,6 +20,7 @@ from retrieval_ray.generator import (
 )
 from retrieval_ray.progress import say
 from retrieval_ray.sources import Source
+from retrieval_ray.stages.collection import Collection
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import corpus_table, duplicates
 
@@ -44,8 +45,13 @@ def sources_of(queries: QueriesConfig, dataset: DatasetConfig) -> list[str]:
     return list(queries.sources)
 
 
-def run(context: Context, dataset: DatasetConfig, source: Source, corpus: Stage) -> Stage:
+def run(context: Context, dataset: DatasetConfig, source: Source, corpus: Stage) -> Collection:
     """Collect the queries of one corpus: parts by content hash, qrels per split, rejects."""
+    queries = _collect(context, dataset, source, corpus)
+    return Collection(source.name, dataset.split, dataset.relevance_threshold, corpus, queries)
+
+
+def _collect(context: Context, dataset: DatasetConfig, source: Source, corpus: Stage) -> Stage:
     config = context.config.queries
     passage_ids = set(corpus_table(corpus).column("passage_id").to_pylist())
     test = read_judged(source, dataset.split, passage_ids, max_queries=dataset.max_queries)

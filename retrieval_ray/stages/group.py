@@ -12,6 +12,7 @@ from retrieval_ray.artifacts import Stage, digest, stage
 from retrieval_ray.config import to_dict
 from retrieval_ray.datasets import rejects_table
 from retrieval_ray.progress import say
+from retrieval_ray.stages.collection import Grouped, Judged, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.generate import qrels_of, queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
@@ -21,38 +22,34 @@ VERSION = 2
 EQUAL_WEIGHTS = {"late": 1 / 3, "bm25": 1 / 3, "dense": 1 / 3}
 
 
-def run(
-    context: Context,
-    name: str,
-    queries: Stage,
-    retrieved: Stage,
-    scored: dict[str, Stage],
-    *,
-    retrievers: list[str],
-) -> Stage:
+def run(context: Context, judged: Judged) -> Grouped:
     """Gate the teacher, choose its weights, and build the lists of one corpus."""
+    return extend(judged, Grouped, groups=_group(context, judged))
+
+
+def _group(context: Context, judged: Judged) -> Stage:
     config = context.config
     identity = {
         "version": VERSION,
-        "corpus": name,
-        "queries": queries.content(),
-        "retrieved": retrieved.content(),
-        "scores": {teacher: scores.content() for teacher, scores in scored.items()},
+        "corpus": judged.name,
+        "queries": judged.queries.content(),
+        "retrieved": judged.retrieved.content(),
+        "scores": {teacher: scores.content() for teacher, scores in judged.scores.items()},
         "weights": config.teacher.weights,
         "depth": config.teacher.depth,
         "groups": to_dict(config.groups),
         "dev": [config.train.dev_share, config.train.dev_queries],
-        "retrievers": retrievers,
+        "retrievers": list(judged.retrievers),
         "seed": config.seed,
     }
     target = stage(context.store, "groups", identity)
-    if not context.start(target, f"groups of '{name}'"):
+    if not context.start(target, f"groups of '{judged.name}'"):
         return target
-    raw = scores_of(scored)
-    pools = judged_pools(retrieved, raw, config.teacher.depth)
-    verdict = _verdict(context, queries, retrieved, pools)
-    built, rejects = _build(context, queries, retrieved, pools, verdict.weights, retrievers)
-    table = schema.from_rows("groups", [_row(name, group, split) for group, split in built])
+    raw = scores_of(judged)
+    pools = _pools(judged, raw, config.teacher.depth)
+    verdict = _verdict(context, judged, pools)
+    built, rejects = _build(context, judged, pools, verdict.weights)
+    table = schema.from_rows("groups", [_row(judged.name, group, split) for group, split in built])
     target.write("groups.parquet", table)
     target.write("rejects.parquet", rejects_table("groups", rejects))
     splits = Counter(split for _, split in built)
@@ -72,9 +69,9 @@ def run(
     return target
 
 
-def may_train(context: Context, name: str, groups: Stage) -> bool:
+def may_train(context: Context, grouped: Grouped) -> bool:
     """Whether to train on this corpus: not where the teacher was found wanting, unless told to."""
-    passed = groups.manifest()["gate"]["passed"]
+    name, passed = grouped.name, grouped.groups.manifest()["gate"]["passed"]
     if passed is not False:
         return True
     if not context.config.teacher.gate:
@@ -87,12 +84,16 @@ def may_train(context: Context, name: str, groups: Stage) -> bool:
     return False
 
 
-def judged_pools(
-    retrieved: Stage, raw: dict[str, dict[tuple[str, str], float]], depth: int
-) -> dict[str, gate.JudgedPool]:
+def judged_pools(judged: Judged, depth: int) -> dict[str, gate.JudgedPool]:
     """Each query's pool in the order of the fused ranking, with each teacher's raw scores."""
+    return _pools(judged, scores_of(judged), depth)
+
+
+def _pools(
+    judged: Judged, raw: dict[str, dict[tuple[str, str], float]], depth: int
+) -> dict[str, gate.JudgedPool]:
     pools = {}
-    for query_id, ranking in rankings_of(retrieved, FUSED).items():
+    for query_id, ranking in rankings_of(judged.retrieved, FUSED).items():
         passages = [p for p, _ in ranking[:depth]]
         pools[query_id] = gate.JudgedPool(
             passages,
@@ -104,19 +105,16 @@ def judged_pools(
     return pools
 
 
-def _verdict(
-    context: Context, queries: Stage, retrieved: Stage, pools: dict[str, gate.JudgedPool]
-) -> gate.Verdict:
+def _verdict(context: Context, judged: Judged, pools: dict[str, gate.JudgedPool]) -> gate.Verdict:
     config = context.config
     embedded = config.teacher.kind == "embedded"
     fixed = config.teacher.weights if embedded else {"cross_encoder": 1.0}
-    qrels = qrels_of(queries, "dev")
+    qrels = qrels_of(judged.queries, "dev")
     if not qrels:
         say("  no judged dev queries: the teacher is unproven on this corpus")
         return gate.unproven(fixed or EQUAL_WEIGHTS)
-    student = {
-        q: [p for p, _ in ranking] for q, ranking in rankings_of(retrieved, "dense").items() if q in qrels
-    }
+    dense = rankings_of(judged.retrieved, "dense")
+    student = {q: [p for p, _ in dense[q]] for q in qrels.keys() & dense.keys()}
     empty = gate.JudgedPool([], {t: np.zeros(0) for t in next(iter(pools.values())).teachers})
     verdict = gate.judge(
         {q: pools.get(q, empty) for q in qrels},
@@ -142,32 +140,27 @@ def _shown(weights: gate.Weights) -> str:
 
 
 def _build(
-    context: Context,
-    queries: Stage,
-    retrieved: Stage,
-    pools: dict[str, gate.JudgedPool],
-    weights: gate.Weights,
-    retrievers: list[str],
+    context: Context, judged: Judged, pools: dict[str, gate.JudgedPool], weights: gate.Weights
 ) -> tuple[list[tuple[groups.Group, str]], list[tuple[str, str, str]]]:
     config = context.config.groups
-    table = queries_table(queries)
+    table = queries_table(judged.queries)
     table = table.filter(pa.compute.equal(table.column("split"), "train"))
-    own = {retriever: rankings_of(retrieved, retriever) for retriever in retrievers}
+    own = {r: rankings_of(judged.retrieved, r) for r in judged.retrievers}
     rejects: list[tuple[str, str, str]] = []
     by_kind: dict[str, list[groups.Pool]] = defaultdict(list)
     for row in sorted(table.to_pylist(), key=lambda row: str(row["query_id"])):
-        judged = pools.get(row["query_id"])
-        if judged is None or not judged.passage_ids:
+        found = pools.get(row["query_id"])
+        if found is None or not found.passage_ids:
             rejects.append((row["query_id"], "nothing_retrieved", row["text"]))
             continue
         pool = groups.Pool(
             row["query_id"],
             row["kind"],
             row["passage_id"],
-            judged.passage_ids,
-            groups.combine(judged.teachers, weights),
+            found.passage_ids,
+            groups.combine(found.teachers, weights),
         )
-        rankings = {r: [p for p, _ in own[r].get(pool.query_id, [])] for r in retrievers}
+        rankings = {r: [p for p, _ in own[r].get(pool.query_id, [])] for r in judged.retrievers}
         problem = groups.inconsistency(
             pool,
             rankings,
@@ -198,7 +191,7 @@ def _build(
             else:
                 rejects.append((pool.query_id, *group))
     held_out = _held_out([pool for pool, _, _ in survivors], context)
-    whole = not qrels_of(queries, "dev")  # then dev lists must carry the choice of the epoch alone
+    whole = not qrels_of(judged.queries, "dev")  # then dev lists must carry the choice of the epoch alone
     built = []
     for pool, scale, group in survivors:
         if _source(pool) not in held_out:

@@ -6,7 +6,6 @@ else is our fault and keeps its traceback.
 
 import argparse
 import errno
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,9 +18,10 @@ from pyarrow.fs import FileType
 from retrieval_ray.artifacts import Location, digest
 from retrieval_ray.config import Config, load, to_dict
 from retrieval_ray.errors import UserError
-from retrieval_ray.progress import say
-from retrieval_ray.stages.context import STAGES, Context, Model, Profile
-from retrieval_ray.student import probe_precision, resolve_model, weights_sha
+from retrieval_ray.model_files import Model
+from retrieval_ray.stages import cluster
+from retrieval_ray.stages.context import STAGES, Context
+from retrieval_ray.stages.profile import resolve
 
 _EXECUTION_KEYS = ("output_dir", "store", "compute")
 _USER_ERROR = re.compile(r"retrieval_ray\.errors\.UserError: (.+)")
@@ -74,11 +74,14 @@ def open_run(config: Config, *, dry_run: bool) -> Context:
         )
     if not known and finished:
         raise UserError(f"output_dir '{config.output_dir}' holds results of something else")
-    profile = _profile(config, known.get("profile", {}))
-    path = resolve_model(config.student.model)
+    student = Model.of(config.student.model, "student.model")
+    on_cluster = cluster.given() and not dry_run
+    if on_cluster:
+        cluster.join(config.compute)
+    profile = resolve(config.compute, known.get("profile", {}), on_cluster=on_cluster)
     if not dry_run:
         record.write_json({"run": digest(identity), "config": identity, "profile": asdict(profile)})
-    return Context(config, store, profile, Model(path, weights_sha(path)), dry_run)
+    return Context(config, store, profile, student, dry_run)
 
 
 def explain(error: BaseException) -> str | None:
@@ -122,27 +125,6 @@ def _folder(key: str, url: str, *, make: bool) -> Location:
             "to, or a URL that pyarrow knows (file://, s3://, gs://)"
         ) from error
     return location
-
-
-def _profile(config: Config, known: dict[str, Any]) -> Profile:
-    import torch
-
-    compute = config.compute
-    device = known.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = compute.precision or known.get("precision")
-    if precision is None:
-        precision = probe_precision(device)
-        say(f"probed: {device}, {precision}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    same_workers = known.get("workers") == compute.workers
-    threads = compute.threads or (known.get("threads") if same_workers else None)
-    return Profile(
-        precision=precision,
-        device=device,
-        threads=threads or max(1, cores // compute.workers),
-        token_budget=compute.token_budget,
-        workers=compute.workers,
-    )
 
 
 def _differences(one: Any, other: Any, prefix: str = "") -> Sequence[str]:

@@ -5,7 +5,6 @@ worker writes its part atomically by itself; only counts come back to the driver
 """
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -53,7 +52,6 @@ def run_parts(
     settings.enable_progress_bars = False
     settings.execution_no_progress_timeout_s = 24 * 3600  # one part of a slow teacher may take hours
     settings.execution_options.verbose_progress = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     size = min(context.config.compute.workers, len(parts))
     dataset = ray.data.from_items(
         [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)

@@ -12,6 +12,7 @@ from retrieval_ray import report
 from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.metrics import METRICS, NO_DIFFERENCE, Difference, holm, mean, paired_difference
 from retrieval_ray.model_card import model_card
+from retrieval_ray.stages.collection import Grouped, Ranked
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.evaluate import trec_lines, values_of
 from retrieval_ray.student import Student
@@ -23,11 +24,19 @@ Measures = dict[str, dict[str, dict[str, float]]]  # system -> query -> metric
 class Outcome:
     """One corpus's part of a finished run."""
 
-    name: str
-    split: str
-    stages: dict[str, Stage]  # by stage name; several stages of one name get a suffix
-    groups: Stage
+    grouped: Grouped
+    adapted: Ranked | None  # the collection as the trained model sees it
     evaluated: Stage
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time by stage, for what was run with the base model and with the trained one."""
+        found: Counter[str] = Counter()
+        for stage in [*self.grouped.stages(), self.evaluated]:
+            found[stage.name] += stage.manifest()["seconds"]
+        if self.adapted:
+            for stage in (self.adapted.passages, self.adapted.query_vectors, self.adapted.retrieved):
+                found[f"{stage.name}-adapted"] += stage.manifest()["seconds"]
+        return {name: round(value, 3) for name, value in found.items()}
 
 
 def write(context: Context, outcomes: list[Outcome], trained: Stage | None) -> Location:
@@ -40,7 +49,7 @@ def write(context: Context, outcomes: list[Outcome], trained: Stage | None) -> L
         document["datasets"] = {d["dataset"]: d for d in documents}
     _write_models(context, output, trained, adapted, document)
     for outcome in outcomes:
-        folder = output / "runs" if len(outcomes) == 1 else output / "runs" / outcome.name
+        folder = output / "runs" if len(outcomes) == 1 else output / "runs" / outcome.grouped.name
         for system in documents[outcomes.index(outcome)]["systems"]:
             source = _source_of(system, adapted)
             lines = trec_lines(outcome.evaluated, source, f"retrieval_ray-{system}")
@@ -49,9 +58,9 @@ def write(context: Context, outcomes: list[Outcome], trained: Stage | None) -> L
         [
             report.Facts(
                 metrics=d,
-                gate=o.groups.manifest()["gate"],
-                groups=o.groups.manifest(),
-                queries=o.stages["queries"].manifest(),
+                gate=o.grouped.groups.manifest()["gate"],
+                groups=o.grouped.groups.manifest(),
+                queries=o.grouped.queries.manifest(),
                 per_query=_systems(values_of(o.evaluated), adapted),
             )
             for d, o in zip(documents, outcomes, strict=True)
@@ -95,12 +104,11 @@ def _metrics(context: Context, outcome: Outcome, trained: Stage | None, adapted:
         for metric in METRICS
     }
     adjusted = holm({metric: d.p for metric, d in differences.items()})
-    groups, written = outcome.groups.manifest(), outcome.stages["queries"].manifest()
+    groups, written = outcome.grouped.groups.manifest(), outcome.grouped.queries.manifest()
     rejected: Counter[str] = Counter(written["rejected"]) + Counter(groups["rejected"])
-    stages = {**outcome.stages, **({"train": trained} if trained else {})}
     return {
-        "dataset": outcome.name,
-        "split": outcome.split,
+        "dataset": outcome.grouped.name,
+        "split": outcome.grouped.split,
         "queries_judged": len(queries),
         "systems": {system: mean(values) for system, values in systems.items()},
         "delta": {metric: _difference(d) | {"p_holm": adjusted[metric]} for metric, d in differences.items()},
@@ -109,7 +117,7 @@ def _metrics(context: Context, outcome: Outcome, trained: Stage | None, adapted:
         "queries": {"kept": groups["kept"], "rejected": dict(sorted(rejected.items()))},
         "exclude_same_id": context.config.evaluate.exclude_same_id,
         "training": _training(trained),
-        "seconds": {name: stage.manifest()["seconds"] for name, stage in stages.items()},
+        "seconds": outcome.seconds() | ({"train": trained.manifest()["seconds"]} if trained else {}),
     }
 
 
@@ -142,7 +150,7 @@ def _write_models(
         with tempfile.TemporaryDirectory() as local:
             config = context.config.student
             Student(
-                context.student.path,
+                context.student.source,
                 precision="float32",
                 device="cpu",
                 query_prompt=config.query_prompt,

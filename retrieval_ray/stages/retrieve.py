@@ -6,6 +6,7 @@ merged per part of queries.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from retrieval_ray import bm25, schema
 from retrieval_ray.artifacts import Stage, part_name, stage
 from retrieval_ray.runs import Ranking, fuse, merge, without_ids
 from retrieval_ray.search import Shard
+from retrieval_ray.stages.collection import Encoded, Ranked, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import Vectors, part_texts
 from retrieval_ray.stages.ingest import duplicates
@@ -23,25 +25,21 @@ VERSION = 2
 FUSED = "fused"
 
 
-def run(
-    context: Context,
-    corpus: Stage,
-    queries: Stage,
-    passages: Stage,
-    query_vectors: Stage,
-    label: str,
-    *,
-    retrievers: list[str],
-) -> Stage:
-    """Rank the corpus for every query. ``passages`` and ``query_vectors`` are encode stages."""
+def run(context: Context, encoded: Encoded, retrievers: Sequence[str], note: str = "") -> Ranked:
+    """Rank the corpus for every query by each retriever."""
+    retrieved = _retrieve(context, encoded, retrievers, f"retrieval on '{encoded.name}'{note}")
+    return extend(encoded, Ranked, retrievers=tuple(retrievers), retrieved=retrieved)
+
+
+def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], label: str) -> Stage:
     config = context.config
     identity = {
         "version": VERSION,
-        "corpus": corpus.content(),
-        "queries": queries.content(),
-        "passages": passages.content(),
-        "query_vectors": query_vectors.content(),
-        "retrievers": retrievers,
+        "corpus": encoded.corpus.content(),
+        "queries": encoded.queries.content(),
+        "passages": encoded.passages.content(),
+        "query_vectors": encoded.query_vectors.content(),
+        "retrievers": list(retrievers),
         "bm25": bm25.VERSION if "bm25" in retrievers else None,
         "depth": config.retrieve.depth,
         "rrf_k": config.retrieve.rrf_k,
@@ -50,24 +48,16 @@ def run(
     target = stage(context.store, "retrieve", identity)
     if not context.start(target, label):
         return target
-    buckets = int(queries.manifest()["buckets"])
+    buckets = int(encoded.queries.manifest()["buckets"])
     names = [part_name("run", number, "parquet") for number in range(buckets)]
     missing = [int(name.split("-")[1].split(".")[0]) for name in target.missing(names)]
     if missing:
-        common = {
-            "corpus": corpus,
-            "queries": queries,
-            "passages": passages,
-            "query_vectors": query_vectors,
-            "target": target,
-            "depth": config.retrieve.depth,
-        }
-        shards = min(config.compute.workers, int(passages.manifest()["buckets"]))
+        shards = min(config.compute.workers, int(encoded.passages.manifest()["buckets"]))
         run_parts(
             context,
             f"{label}: search",
             _Searcher,
-            common,
+            {"encoded": encoded, "target": target, "depth": config.retrieve.depth},
             [{"retriever": "dense", "shard": s, "shards": shards, "queries": missing} for s in range(shards)]
             + [{"retriever": "bm25", "queries": [number]} for number in missing if "bm25" in retrievers],
         )
@@ -76,13 +66,12 @@ def run(
             f"{label}: merge",
             _Merger,
             {
-                "corpus": corpus,
-                "queries": queries,
+                "encoded": encoded,
                 "target": target,
                 "depth": config.retrieve.depth,
                 "rrf_k": config.retrieve.rrf_k,
                 "exclude_same_id": config.evaluate.exclude_same_id,
-                "retrievers": retrievers,
+                "retrievers": list(retrievers),
                 "shards": shards,
             },
             [{"number": number} for number in missing],
@@ -126,18 +115,9 @@ def _search_depth(corpus: Stage, depth: int) -> int:
 
 
 class _Searcher:
-    def __init__(
-        self,
-        corpus: Stage,
-        queries: Stage,
-        passages: Stage,
-        query_vectors: Stage,
-        target: Stage,
-        depth: int,
-    ) -> None:
-        self.corpus, self.queries, self.target = corpus, queries, target
-        self.passages, self.query_vectors = passages, query_vectors
-        self.depth = _search_depth(corpus, depth)
+    def __init__(self, encoded: Encoded, target: Stage, depth: int) -> None:
+        self.encoded, self.target = encoded, target
+        self.depth = _search_depth(encoded.corpus, depth)
         self._bm25: bm25.Bm25 | None = None
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
@@ -147,12 +127,12 @@ class _Searcher:
         names = {n: _partial("dense", n, shard, shards) for n in part["queries"]}
         missing = set(self.target.missing(names.values()))
         if missing:
-            buckets = int(self.passages.manifest()["buckets"])
-            vectors = Vectors(self.passages, list(range(shard, buckets, shards)))
+            buckets = int(self.encoded.passages.manifest()["buckets"])
+            vectors = Vectors(self.encoded.passages, list(range(shard, buckets, shards)))
             index = Shard(vectors.ids, vectors.matrix)
         for number, name in names.items():
             if name in missing:
-                queries = Vectors(self.query_vectors, [number])
+                queries = Vectors(self.encoded.query_vectors, [number])
                 rankings = index.search(queries.matrix, self.depth) if queries.ids else []
                 found = dict(zip(queries.ids, rankings, strict=True))
                 self.target.write(name, _rows(found, "dense"))
@@ -162,8 +142,8 @@ class _Searcher:
         name = _partial("bm25", number)
         if self.target.missing([name]):
             if self._bm25 is None:
-                self._bm25 = bm25_of(self.corpus)
-            ids, texts = part_texts(self.queries, number, "query")
+                self._bm25 = bm25_of(self.encoded.corpus)
+            ids, texts = part_texts(self.encoded.queries, number, "query")
             found = {
                 query_id: self._bm25.search(text, self.depth)
                 for query_id, text in zip(ids, texts, strict=True)
@@ -184,8 +164,7 @@ def bm25_of(corpus: Stage) -> bm25.Bm25:
 class _Merger:
     def __init__(
         self,
-        corpus: Stage,
-        queries: Stage,
+        encoded: Encoded,
         target: Stage,
         depth: int,
         rrf_k: int,
@@ -193,11 +172,11 @@ class _Merger:
         retrievers: list[str],
         shards: int,
     ) -> None:
-        self.queries, self.target, self.depth, self.rrf_k = queries, target, depth, rrf_k
+        self.queries, self.target, self.depth, self.rrf_k = encoded.queries, target, depth, rrf_k
         self.retrievers, self.shards = retrievers, shards
         self.same_id = exclude_same_id
-        self.duplicates = duplicates(corpus)
-        self.search_depth = _search_depth(corpus, depth)
+        self.duplicates = duplicates(encoded.corpus)
+        self.search_depth = _search_depth(encoded.corpus, depth)
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_ray import bm25, schema
-from retrieval_ray.artifacts import Stage, part_name, stage
+from retrieval_ray.artifacts import Location, Stage, part_name, stage
 from retrieval_ray.errors import UserError
+from retrieval_ray.model_files import Model
 from retrieval_ray.runs import exact_dot
 from retrieval_ray.scorecache import ScoreCache
-from retrieval_ray.stages.context import Context, Model
+from retrieval_ray.stages.collection import Judged, Ranked, extend
+from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import Vectors, part_texts, student_arguments, student_identity
 from retrieval_ray.stages.generate import queries_table
 from retrieval_ray.stages.parts import run_parts
@@ -29,51 +31,24 @@ VERSION = 1
 EMBEDDED = ("late", "bm25", "dense")
 
 
-def run(
-    context: Context,
-    corpus: Stage,
-    queries: Stage,
-    passages: Stage,
-    query_vectors: Stage,
-    retrieved: Stage,
-    cross_encoder: Model | None,
-    label: str,
-) -> dict[str, Stage]:
-    """One score stage per teacher, by the teacher's short name."""
+def run(context: Context, ranked: Ranked, cross_encoder: Model | None) -> Judged:
+    """Have every teacher judge the pools: one score stage per teacher, by its short name."""
     teachers = ("cross_encoder",) if cross_encoder is not None else EMBEDDED
-    return {
-        teacher: _run_teacher(
-            context,
-            teacher,
-            corpus,
-            queries,
-            passages,
-            query_vectors,
-            retrieved,
-            cross_encoder,
-            f"{label}: {teacher}",
-        )  # fmt: skip
-        for teacher in teachers
-    }
+    return extend(
+        ranked,
+        Judged,
+        scores={teacher: _run_teacher(context, teacher, ranked, cross_encoder) for teacher in teachers},
+    )
 
 
-def _run_teacher(
-    context: Context,
-    teacher: str,
-    corpus: Stage,
-    queries: Stage,
-    passages: Stage,
-    query_vectors: Stage,
-    retrieved: Stage,
-    cross_encoder: Model | None,
-    label: str,
-) -> Stage:
+def _run_teacher(context: Context, teacher: str, ranked: Ranked, cross_encoder: Model | None) -> Stage:
+    label = f"teacher on '{ranked.name}': {teacher}"
     config = context.config.teacher
-    teacher_id = _teacher_id(context, teacher, corpus, cross_encoder)
+    teacher_id = _teacher_id(context, teacher, ranked.corpus, cross_encoder)
     identity = {
         "version": VERSION,
         "teacher": teacher_id,
-        "retrieved": retrieved.content(),
+        "retrieved": ranked.retrieved.content(),
         "depth": config.depth,
         "profile": context.profile.numeric(),
     }
@@ -81,12 +56,11 @@ def _run_teacher(
     if not context.start(target, label):
         return target
     by_passage = teacher in ("late", "cross_encoder")
-    buckets = int((corpus if by_passage else queries).manifest()["buckets"])
+    buckets = int((ranked.corpus if by_passage else ranked.queries).manifest()["buckets"])
     names = [part_name("scores", number, "parquet") for number in range(buckets)]
     missing = set(target.missing(names))
     arguments: dict[str, Any] = {
-        "teacher_id": teacher_id, "corpus": corpus, "queries": queries, "retrieved": retrieved,
-        "depth": config.depth, "target": target,
+        "teacher_id": teacher_id, "ranked": ranked, "depth": config.depth, "target": target,
     }  # fmt: skip
     worker: type[_ModelScorer] | type[_LookupScorer]
     if by_passage:
@@ -98,7 +72,7 @@ def _run_teacher(
             "cross_encoder": None
             if cross_encoder is None
             else {
-                "path": cross_encoder.path,
+                "model": cross_encoder.source,
                 "max_tokens": config.max_tokens,
                 "device": context.profile.device,
                 "trust_remote_code": config.trust_remote_code,
@@ -107,7 +81,7 @@ def _run_teacher(
         }
     else:
         worker = _LookupScorer
-        arguments |= {"teacher": teacher, "passages": passages, "query_vectors": query_vectors}
+        arguments |= {"teacher": teacher}
     facts = run_parts(
         context,
         label,
@@ -125,10 +99,10 @@ def _run_teacher(
     return target
 
 
-def scores_of(scored: dict[str, Stage]) -> dict[str, dict[tuple[str, str], float]]:
+def scores_of(judged: Judged) -> dict[str, dict[tuple[str, str], float]]:
     """Raw scores by teacher and (query_id, passage_id)."""
     found = {}
-    for teacher, scores in scored.items():
+    for teacher, scores in judged.scores.items():
         table = scores.read_all("scores-", ["query_id", "passage_id", "score"])
         q, p, s = (table.column(c).to_pylist() for c in ("query_id", "passage_id", "score"))
         found[teacher] = dict(zip(zip(q, p, strict=True), s, strict=True))
@@ -174,30 +148,23 @@ class _ModelScorer:
     def __init__(
         self,
         teacher_id: str,
-        corpus: Stage,
-        queries: Stage,
-        retrieved: Stage,
+        ranked: Ranked,
         depth: int,
         target: Stage,
-        store: Any,
+        store: Location,
         buckets: int,
         late: dict[str, Any] | None,
         cross_encoder: dict[str, Any] | None,
         token_budget: int,
     ) -> None:
-        self.teacher_id, self.corpus, self.target, self.buckets = (
-            teacher_id,
-            corpus,
-            target,
-            buckets,
-        )
-        self.budget = token_budget
+        self.teacher_id, self.corpus, self.target = teacher_id, ranked.corpus, target
+        self.buckets, self.budget = buckets, token_budget
         self.cache = ScoreCache(store, teacher_id)
-        table = queries_table(queries)
+        table = queries_table(ranked.queries)
         self.query_texts: dict[str, str] = dict(
             zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True)
         )
-        self.pool = _pool(retrieved, depth)
+        self.pool = _pool(ranked.retrieved, depth)
         self.student = Student(**late) if late else None
         self.cross_encoder = CrossEncoderTeacher(**cross_encoder) if cross_encoder else None
         if self.student is not None:
@@ -264,18 +231,14 @@ class _LookupScorer:
         self,
         teacher_id: str,
         teacher: str,
-        corpus: Stage,
-        queries: Stage,
-        passages: Stage,
-        query_vectors: Stage,
-        retrieved: Stage,
+        ranked: Ranked,
         depth: int,
         target: Stage,
     ) -> None:
         self.teacher_id, self.teacher, self.target = teacher_id, teacher, target
-        self.queries, self.query_vectors = queries, query_vectors
+        self.queries, self.query_vectors = ranked.queries, ranked.query_vectors
         self.pool: dict[str, list[str]] = defaultdict(list)
-        table = _pool(retrieved, depth)
+        table = _pool(ranked.retrieved, depth)
         for q, p in zip(
             table.column("query_id").to_pylist(),
             table.column("passage_id").to_pylist(),
@@ -283,10 +246,10 @@ class _LookupScorer:
         ):
             self.pool[q].append(p)
         if teacher == "dense":
-            self.vectors = Vectors.all(passages)
+            self.vectors = Vectors.all(ranked.passages)
             self.position = {p: n for n, p in enumerate(self.vectors.ids)}
         else:
-            self.bm25 = bm25_of(corpus)
+            self.bm25 = bm25_of(ranked.corpus)
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])

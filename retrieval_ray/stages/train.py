@@ -5,7 +5,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,10 @@ from retrieval_ray.config import to_dict
 from retrieval_ray.errors import UserError
 from retrieval_ray.fit import CorpusData, Settings, chosen, fit
 from retrieval_ray.losses import calibrate_temperature
+from retrieval_ray.model_files import Model
 from retrieval_ray.progress import progress, say
-from retrieval_ray.stages.context import Context, Model
+from retrieval_ray.stages.collection import Grouped
+from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import Vectors, student_arguments, student_identity
 from retrieval_ray.stages.generate import qrels_of, queries_table
 from retrieval_ray.stages.ingest import texts_by_id
@@ -36,29 +37,12 @@ _EXECUTION_KEYS = ("checkpoint_minutes",)
 _LEAST_STEPS = 8  # an epoch's worth of a small corpus: the batch is scaled down to this
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The stages of one corpus that training reads."""
-
-    name: str
-    corpus: Stage
-    queries: Stage
-    passages: Stage
-    query_vectors: Stage
-    retrieved: Stage
-    groups: Stage
-
-    def upstream(self) -> tuple[Stage, ...]:
-        """Every stage whose tables training reads."""
-        return (self.queries, self.passages, self.query_vectors, self.retrieved, self.groups)
-
-
-def run(context: Context, corpora: list[Trained]) -> Stage:
+def run(context: Context, corpora: list[Grouped]) -> Stage:
     """Train on the lists of these corpora; the best trained model ends in ``candidate/``."""
     config = context.config
     identity = {
         "version": VERSION,
-        "corpora": [[c.name, c.corpus.fingerprint, *(s.content() for s in c.upstream())] for c in corpora],
+        "corpora": [[c.name, c.corpus.fingerprint, *_read_by_training(c)] for c in corpora],
         "depth": config.teacher.depth,
         "student": student_identity(context),
         "train": {k: v for k, v in to_dict(config.train).items() if k not in _EXECUTION_KEYS},
@@ -97,6 +81,12 @@ def run(context: Context, corpora: list[Trained]) -> Stage:
     return target
 
 
+def _read_by_training(corpus: Grouped) -> list[str]:
+    """The contents of every stage whose tables training reads."""
+    read = (corpus.queries, corpus.passages, corpus.query_vectors, corpus.retrieved, corpus.groups)
+    return [stage.content() for stage in read]
+
+
 def _files(folder: Location, prefix: str = "") -> list[str]:
     found = []
     for entry in folder.filesystem.get_file_info(pa.fs.FileSelector(folder.path)):
@@ -107,7 +97,7 @@ def _files(folder: Location, prefix: str = "") -> list[str]:
     return sorted(found)
 
 
-def _settings(context: Context, corpora: list[Trained], lists: list[Lists]) -> Settings:
+def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> Settings:
     train = context.config.train
     queries = sum(len(part.query_ids) for part in lists)
     batch = max(1, min(train.batch_queries, queries // _LEAST_STEPS))
@@ -139,7 +129,7 @@ def _settings(context: Context, corpora: list[Trained], lists: list[Lists]) -> S
     )
 
 
-def _calibrated(context: Context, corpora: list[Trained], lists: list[Lists]) -> float:
+def _calibrated(context: Context, corpora: list[Grouped], lists: list[Lists]) -> float:
     """The temperature that brings the untouched student nearest to the teacher, on training lists.
 
     Its cosines are at hand: the encode stages hold every vector.
@@ -177,7 +167,7 @@ def _lists(groups: Stage, split: str) -> Lists:
     )
 
 
-def _data(corpus: Trained, depth: int) -> CorpusData:
+def _data(corpus: Grouped, depth: int) -> CorpusData:
     """Read on every worker: only ids travel, texts are looked up."""
     queries = queries_table(corpus.queries)
     qrels = qrels_of(corpus.queries, "dev")
@@ -200,7 +190,7 @@ def _data(corpus: Trained, depth: int) -> CorpusData:
 
 
 def _trainer(
-    context: Context, corpora: list[Trained], settings: Settings, target: Stage, actor: Any
+    context: Context, corpora: list[Grouped], settings: Settings, target: Stage, actor: Any
 ) -> TorchTrainer:
     compute = context.config.compute
     resources: dict[str, float] = {"CPU": compute.cpus_per_worker}
@@ -314,4 +304,4 @@ def candidate(trained: Stage) -> Model:
     """The best trained model, as a student for encoding."""
     hashes = trained.manifest()["parts"]
     sha = digest({name: value for name, value in hashes.items() if name.startswith("candidate/")})
-    return Model(f"{trained.folder.path}/candidate", sha)
+    return Model(trained.folder / "candidate", sha)

@@ -12,10 +12,13 @@ import pytest
 
 from retrieval_ray.artifacts import Location, Stage, stage
 from retrieval_ray.config import Config, DatasetConfig
+from retrieval_ray.model_files import Model
 from retrieval_ray.scorecache import ScoreCache
 from retrieval_ray.sources import Source
 from retrieval_ray.stages import encode, ingest, score
-from retrieval_ray.stages.context import Context, Model, Profile
+from retrieval_ray.stages.collection import Collection, Ranked, extend
+from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.profile import Profile
 
 TEXTS = [f"passage number {n} on ba co di" for n in range(24)]
 CROSS_ENCODER = Model("/models/judge", "c" * 64)
@@ -45,13 +48,16 @@ def names(context: Context, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
 
     def of(run: Context, corpus: Stage, judge: Model = CROSS_ENCODER) -> dict[str, str]:
         monkeypatch.setattr(Context, "start", lambda *_: False)
-        passages = encode.run(run, corpus, "passage", "")
-        vectors = encode.run(run, others["queries"], "query", "")
-        given = (run, corpus, others["queries"], passages, vectors, others["retrieve"])
-        scored = score.run(*given, None, "") | score.run(*given, judge, "")
+        encoded = encode.run(run, Collection("small", "test", 1, corpus, others["queries"]))
+        ranked = extend(encoded, Ranked, retrievers=("dense",), retrieved=others["retrieve"])
+        scored = score.run(run, ranked, None).scores | score.run(run, ranked, judge).scores
         monkeypatch.undo()
         teachers = {name: str(done.identity["teacher"]) for name, done in scored.items()}
-        return {"passages": passages.fingerprint, "queries": vectors.fingerprint, **teachers}
+        return {
+            "passages": encoded.passages.fingerprint,
+            "queries": encoded.query_vectors.fingerprint,
+            **teachers,
+        }
 
     return of
 

@@ -1,0 +1,57 @@
+"""The Ray cluster of a job: the one it was submitted to, or a local one that it starts itself."""
+
+import logging
+import os
+
+import ray
+
+from retrieval_ray.config import ComputeConfig
+from retrieval_ray.errors import UserError
+
+
+def given() -> bool:
+    """Whether this job runs on a cluster that is there already."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def join(compute: ComputeConfig, gpus: float | None = None) -> None:
+    """Join the given cluster, or start a local one, and check that it can hold the workers.
+
+    gpus: of one worker; None: what the cluster offers. Raises ``UserError`` when the cluster cannot
+    ever give what the workers ask for: Ray itself would wait for it silently and for ever.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    for name in ("ray.data", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not ray.is_initialized():
+        local = {} if given() else {"address": "local", "num_cpus": compute.logical_cpus}
+        ray.init(
+            **local, include_dashboard=None if given() else False, log_to_driver=False, logging_level="error"
+        )
+    _check(compute, gpus_per_worker(compute) if gpus is None else gpus)
+
+
+def gpus_per_worker(compute: ComputeConfig) -> float:
+    """As told; else one where the cluster has GPUs."""
+    if compute.gpus_per_worker is not None:
+        return compute.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def _check(compute: ComputeConfig, gpus: float) -> None:
+    there = ray.cluster_resources()
+    needed = {
+        # one for the driver of Ray Train, one to spare for Ray Data's own tasks
+        "CPU": compute.workers * compute.cpus_per_worker + 2,
+        "GPU": compute.workers * gpus,
+    }
+    for name, amount in needed.items():
+        if amount > there.get(name, 0):
+            raise UserError(
+                f"compute.workers={compute.workers} needs {amount:g} {name} "
+                f"({compute.cpus_per_worker} CPU, {gpus:g} GPU each, 2 CPU beside them), and the "
+                f"cluster has {there.get(name, 0):g}. Lower compute.workers, or give the cluster more"
+                + (" (a local one: compute.logical_cpus)" if name == "CPU" else "")
+            )

@@ -1,0 +1,58 @@
+"""The numeric profile: what decides the bits of a result beside its inputs."""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+import torch
+
+from retrieval_ray.config import ComputeConfig
+from retrieval_ray.progress import say
+from retrieval_ray.stages.cluster import gpus_per_worker
+from retrieval_ray.student import probe_precision
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Resolved once, by probing, then written down and read again when a run is resumed."""
+
+    precision: str  # float32 | bfloat16
+    device: str  # cpu | cuda
+    threads: int  # per worker
+    token_budget: int
+    workers: int  # the training world size
+
+    def numeric(self) -> dict[str, Any]:
+        """The part that concerns single workers: their number changes no id and no rank."""
+        return {key: value for key, value in asdict(self).items() if key != "workers"}
+
+
+def resolve(compute: ComputeConfig, known: dict[str, Any], *, on_cluster: bool) -> Profile:
+    """The profile of a run: as told, else as written down in ``known``, else as probed.
+
+    On a cluster a worker is probed: the driver's machine may have neither its GPUs nor its cores.
+    """
+    device, precision = known.get("device"), compute.precision or known.get("precision")
+    threads = compute.threads or (known.get("threads") if known.get("workers") == compute.workers else None)
+    if not (device and precision and threads):
+        found = _probe_worker(compute) if on_cluster else _probe(compute.workers)
+        device, precision = device or found["device"], precision or found["precision"]
+        threads = threads or found["threads"]
+        say(f"numeric profile: {device}, {precision}, {threads} threads a worker")
+    return Profile(precision, device, threads, compute.token_budget, compute.workers)
+
+
+def _probe(workers: int) -> dict[str, Any]:
+    """A machine's device, the faster precision on it, and its cores shared out over the workers."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "device": device, "precision": probe_precision(device), "threads": max(1, cores // workers),
+    }  # fmt: skip
+
+
+def _probe_worker(compute: ComputeConfig) -> dict[str, Any]:
+    task = ray.remote(num_cpus=compute.cpus_per_worker, num_gpus=gpus_per_worker(compute))(_probe)
+    found: dict[str, Any] = ray.get(task.remote(1))
+    return found | {"threads": compute.cpus_per_worker}  # what Ray set aside for it, not the whole machine

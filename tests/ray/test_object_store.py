@@ -1,0 +1,76 @@
+"""The whole job with store and output in an S3-compatible object store."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import run_job, small_settings
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """``s3://lake`` on a server of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    endpoint = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(urllib.request.Request(f"{endpoint}/lake", method="PUT"), timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            pytest.fail("the S3 server did not start")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-a-secret")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        yield "s3://lake"
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def test_everything_lies_in_the_bucket(
+    bucket: str, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    from pyarrow import fs
+
+    before = set(os.listdir(tmp_path))
+    settings = [
+        *small_settings(collection, Path(student_folder), Path("unused")),
+        f"output_dir={bucket}/run",
+        f"store={bucket}/team",
+        "train.max_epochs=1",
+    ]
+    done = run_job("adapt", ["configs/cpu.yaml", *settings])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "s3://lake/run/metrics.json"
+
+    s3, _ = fs.FileSystem.from_uri(bucket)
+    files = {info.path for info in s3.get_file_info(fs.FileSelector("lake", recursive=True))}
+    assert {"lake/run/metrics.json", "lake/run/report.html", "lake/run/model/modules.json"} <= files
+    assert not {path for path in files if path.endswith(".tmp") or "/partial-" in path}
+    with s3.open_input_stream("lake/run/metrics.json") as stream:
+        metrics = json.loads(stream.read())
+    assert metrics["training"] is not None
+    assert set(os.listdir(tmp_path)) == before  # nothing on the disk of whoever started it
+
+    again = run_job("adapt", ["configs/cpu.yaml", *settings])
+    assert again.returncode == 0 and again.stderr.count("done already") >= 12

