@@ -1,6 +1,7 @@
 """The queries stage: training queries from a log and from passages, judged queries beside them."""
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -103,7 +104,11 @@ def _collect(context: Context, dataset: DatasetConfig, source: Source, corpus: S
         rejects += [(str(rows[i]["query_id"]), "over_max_queries", "") for i in over]
         rows = [rows[i] for i in sorted(keep)]
     if not rows:
-        raise UserError(f"dataset '{source.name}': no training query is left; see rejects")
+        reasons = Counter(reason for _, reason, _ in rejects)
+        raise UserError(
+            f"dataset '{source.name}': no training query is left of {len(rejects)} "
+            f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())})"
+        )
     train_rows = len(rows)
     for name, split in judged.items():
         rows += [_row(key, text, "judged", name, None, "human") for key, text in split.texts.items()]
@@ -189,15 +194,12 @@ def _write(
         names.append(f"qrels-{split}.parquet")
         rejects = pa.concat_tables([rejects, found.rejects])
     target.write("rejects.parquet", rejects)
-    reasons: dict[str, int] = {}
-    for reason in rejects.column("reason").to_pylist():
-        reasons[reason] = reasons.get(reason, 0) + 1
     context.finish(
         target,
         [*names, "rejects.parquet"],
         rows=len(rows),
         buckets=buckets,
         train=train_rows,
-        rejected=reasons,
+        rejected=dict(Counter(rejects.column("reason").to_pylist())),
         warnings=[warning for split in judged.values() for warning in split.warnings],
     )
