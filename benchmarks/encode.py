@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from retrieval_ray.demo.corpus import passages
-from retrieval_ray.student import Student, probe_precision, resolve_model
+from retrieval_ray.student import Student, probe_precision
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     texts = [f"{title} {text}" for _, title, text in passages()]
     texts = texts[:: max(1, len(texts) // (600 if quick else 2400))]
     precision = probe_precision()
-    student = Student(resolve_model("all-MiniLM-L6-v2"), precision=precision)
+    student = Student("all-MiniLM-L6-v2", precision=precision)
 
     def ours() -> np.ndarray:
         return student.encode(texts, "passage", token_budget=16_384)

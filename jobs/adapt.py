@@ -6,10 +6,10 @@ This file is the pipeline; each line is a stage that reads tables and writes tab
 """
 
 from retrieval_ray.artifacts import Stage
-from retrieval_ray.datasets import open_source
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model
 from retrieval_ray.progress import say
+from retrieval_ray.sources import open_source
 from retrieval_ray.stages import (
     cluster,
     encode,
@@ -58,7 +58,11 @@ def pipeline(context: Context, until: str | None) -> str | None:
     ranked = [retrieve.run(context, each, config.retrieve.retrievers) for each in encoded]
     if until == "retrieve":
         return None
-    cross_encoder = Model.of(str(config.teacher.model)) if config.teacher.kind == "cross_encoder" else None
+    cross_encoder = (
+        Model.of(str(config.teacher.model), "teacher.model")
+        if config.teacher.kind == "cross_encoder"
+        else None
+    )
     judged = [score.run(context, each, cross_encoder) for each in ranked]
     if until == "score":
         return None

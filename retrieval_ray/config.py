@@ -44,8 +44,8 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "passage_tokens": (1, _MANY), "checkpoint_minutes": (0, _MANY),
     },
     "compute": {
-        "workers": (1, _MANY), "logical_cpus": (1, _MANY), "cpus_per_worker": (1, _MANY),
-        "gpus_per_worker": (0, _MANY), "threads": (1, _MANY), "token_budget": (1, _MANY),
+        "workers": (1, _MANY), "cpus_per_worker": (1, _MANY), "gpus_per_worker": (0, _MANY),
+        "threads": (1, _MANY), "token_budget": (1, _MANY),
     },
 }  # fmt: skip
 
@@ -178,9 +178,12 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     that cannot be what it must be.
     """
     if not Path(path).is_file():
-        raise UserError(f"no such config file: {path}")
+        what = "a folder, not a config file" if Path(path).is_dir() else "no such config file"
+        raise UserError(f"{what}: {path}")
     try:
         given: Any = OmegaConf.load(path)
+        if not isinstance(given, DictConfig):
+            raise UserError(f"{path}: needs keys at the top level, like dataset: or seed:, not a list")
         for override in overrides:
             if "=" not in override:
                 raise UserError(f"'{override}' is not of the form key=value")
@@ -191,8 +194,6 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         raise
     except Exception as error:  # yaml's own errors have no common public base here
         raise UserError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(given, DictConfig):
-        raise UserError(f"{path}: needs a mapping at the top level")
     plain: Any = OmegaConf.to_container(given)
     _reject_unknown(plain, Config, "")
     for f in fields(Config):
@@ -291,6 +292,11 @@ def _check_values(config: Config) -> None:
         for key, (low, high) in ranges.items():
             value = getattr(getattr(config, section), key)
             need(value is None or low <= value <= high, f"{section}.{key}: must lie in [{low}, {high}]")
+    need(
+        config.compute.logical_cpus >= 8,
+        "compute.logical_cpus: must be at least 8: on fewer, streaming stages starve each other. They are "
+        "places for tasks, not cores; 8 are right on a machine with fewer cores too",
+    )
     need(
         config.groups.lower_percentile < config.groups.upper_percentile,
         "groups.lower_percentile: must be lower than groups.upper_percentile",

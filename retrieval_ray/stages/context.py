@@ -53,12 +53,23 @@ class Context:
         self.started[stage.fingerprint] = time.monotonic()
         return True
 
-    def finish(self, stage: Stage, parts: Sequence[str], **facts: object) -> None:
-        """Write the stage's manifest, with the resolved config, wall time and library versions."""
+    def finish(
+        self, stage: Stage, parts: Sequence[str], *, rows: int, worked: int | None = None, **facts: object
+    ) -> None:
+        """Write the stage's manifest, with the resolved config, wall time and library versions.
+
+        rows: of the stage's table. worked: how many of them this run worked on (None: all of them); their
+        rate is the stage's throughput.
+        """
+        seconds = time.monotonic() - self.started[stage.fingerprint]
+        worked = rows if worked is None else worked
         stage.finish(
             parts,
+            rows=rows,
             **facts,
-            seconds=round(time.monotonic() - self.started[stage.fingerprint], 3),
+            seconds=round(seconds, 3),
+            rows_this_run=worked,
+            rows_per_second=round(worked / max(seconds, 1e-9), 3),
             config=to_dict(self.config),
             versions={"retrieval-ray": __version__} | {n: metadata.version(n) for n in _RECORDED},
         )

@@ -57,7 +57,13 @@ def _encode(context: Context, texts: Stage, role: Role, label: str) -> Stage:
         },
         [{"number": n} for n, name in enumerate(names) if name in missing],
     )
-    context.finish(target, names, buckets=buckets, rows_encoded_last_run=sum(f["rows"] for f in facts))
+    context.finish(
+        target,
+        names,
+        rows=int(texts.manifest()["rows"]),
+        worked=sum(f["rows"] for f in facts),
+        buckets=buckets,
+    )
     return target
 
 

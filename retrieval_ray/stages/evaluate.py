@@ -61,6 +61,7 @@ def run(context: Context, grouped: Grouped, adapted: Ranked | None) -> Stage:
     context.finish(
         target,
         [*(f"run-{system}.parquet" for system in runs), "evaluation.parquet"],
+        rows=len(rows),
         queries=len(qrels),
         exclude_same_id=context.config.evaluate.exclude_same_id,
     )

@@ -1,6 +1,7 @@
 """The queries stage: training queries from a log and from passages, judged queries beside them."""
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -8,14 +9,7 @@ import pyarrow as pa
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Stage, bucket_count, bucket_of, digest, part_name, stage
 from retrieval_ray.config import DatasetConfig, QueriesConfig
-from retrieval_ray.datasets import (
-    Judged,
-    Source,
-    read_judged,
-    read_log,
-    read_log_file,
-    rejects_table,
-)
+from retrieval_ray.datasets import Judged, read_judged, read_log, read_log_file, rejects_table
 from retrieval_ray.errors import UserError
 from retrieval_ray.filters import query_rejects
 from retrieval_ray.generator import (
@@ -26,6 +20,7 @@ from retrieval_ray.generator import (
     extractive,
 )
 from retrieval_ray.progress import say
+from retrieval_ray.sources import Source
 from retrieval_ray.stages.collection import Collection
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import corpus_table, duplicates
@@ -109,7 +104,11 @@ def _collect(context: Context, dataset: DatasetConfig, source: Source, corpus: S
         rejects += [(str(rows[i]["query_id"]), "over_max_queries", "") for i in over]
         rows = [rows[i] for i in sorted(keep)]
     if not rows:
-        raise UserError(f"dataset '{source.name}': no training query is left; see rejects")
+        reasons = Counter(reason for _, reason, _ in rejects)
+        raise UserError(
+            f"dataset '{source.name}': no training query is left of {len(rejects)} "
+            f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())})"
+        )
     train_rows = len(rows)
     for name, split in judged.items():
         rows += [_row(key, text, "judged", name, None, "human") for key, text in split.texts.items()]
@@ -195,15 +194,12 @@ def _write(
         names.append(f"qrels-{split}.parquet")
         rejects = pa.concat_tables([rejects, found.rejects])
     target.write("rejects.parquet", rejects)
-    reasons: dict[str, int] = {}
-    for reason in rejects.column("reason").to_pylist():
-        reasons[reason] = reasons.get(reason, 0) + 1
     context.finish(
         target,
         [*names, "rejects.parquet"],
         rows=len(rows),
         buckets=buckets,
         train=train_rows,
-        rejected=reasons,
+        rejected=dict(Counter(rejects.column("reason").to_pylist())),
         warnings=[warning for split in judged.values() for warning in split.warnings],
     )

@@ -56,6 +56,7 @@ def _group(context: Context, judged: Judged) -> Stage:
     context.finish(
         target,
         ["groups.parquet", "rejects.parquet"],
+        rows=len(built),
         gate=asdict(verdict),
         kept=len(built),
         train=splits["train"],

@@ -1,16 +1,21 @@
 """The corpus stage: a collection's passages -> Arrow parts by content hash, near-duplicates marked."""
 
+from collections import Counter
+
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Stage, bucket_count, bucket_of, digest, part_name, stage
 from retrieval_ray.config import DatasetConfig
-from retrieval_ray.datasets import Source, read_corpus, rejects_table
+from retrieval_ray.datasets import read_corpus, rejects_table
 from retrieval_ray.errors import UserError
 from retrieval_ray.filters import near_duplicates
+from retrieval_ray.sources import Source
 from retrieval_ray.stages.context import Context
 
-VERSION = 1
+VERSION = 2
+DEDUP = "dedup"  # rejects of this stage stay in the corpus: only training leaves them out
 
 
 def passage_text(title: str, text: str, *, titles: bool) -> str:
@@ -41,7 +46,8 @@ def duplicates(corpus: Stage) -> set[str]:
 
     They stay in the corpus, so that evaluation is on the whole collection.
     """
-    return set(corpus.read("duplicates.parquet", ["id"]).column("id").to_pylist())
+    rejects = corpus.read("rejects.parquet", ["id", "stage"])
+    return set(rejects.filter(pc.equal(rejects.column("stage"), DEDUP)).column("id").to_pylist())
 
 
 def run(context: Context, dataset: DatasetConfig, source: Source) -> Stage:
@@ -71,14 +77,13 @@ def run(context: Context, dataset: DatasetConfig, source: Source) -> Stage:
     for number, part in enumerate(parts):
         target.write(part_name("corpus", number, "arrow"), schema.from_rows("corpus", part))
     dropped = near_duplicates((row["passage_id"], row["text"] or row["title"]) for row in rows)
-    target.write("duplicates.parquet", rejects_table("dedup", dropped))
+    rejects = pa.concat_tables([rejects, rejects_table(DEDUP, dropped)])
     target.write("rejects.parquet", rejects)
     context.finish(
         target,
-        [part_name("corpus", n, "arrow") for n in range(buckets)] + ["duplicates.parquet", "rejects.parquet"],
+        [part_name("corpus", n, "arrow") for n in range(buckets)] + ["rejects.parquet"],
         rows=len(rows),
         buckets=buckets,
-        rejected=rejects.num_rows,
-        duplicates=len(dropped),
+        rejected=dict(Counter(rejects.column("reason").to_pylist())),
     )
     return target

@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
+from pyarrow.fs import FileType
+
 from retrieval_ray.artifacts import Location, digest
 from retrieval_ray.config import Config, load, to_dict
 from retrieval_ray.errors import UserError
@@ -53,9 +56,11 @@ def open_run(config: Config, *, dry_run: bool) -> Context:
     """The context of a run: its store, its student, and its numeric profile.
 
     The profile is probed once and written to ``output_dir/run.json``; a resumed run reads it there.
-    Raises ``UserError`` where the output folder holds another run's results.
+    Raises ``UserError`` where the output folder holds another run's results, and where output or
+    store cannot be a folder.
     """
-    output = Location.of(config.output_dir)
+    output = _folder("output_dir", config.output_dir, make=not dry_run)
+    store = _folder("store", config.store, make=not dry_run) if config.store else output / "store"
     identity = {k: v for k, v in to_dict(config).items() if k not in _EXECUTION_KEYS}
     record = output / "run.json"
     known: dict[str, Any] = record.read_json() if record.exists() else {}
@@ -69,14 +74,13 @@ def open_run(config: Config, *, dry_run: bool) -> Context:
         )
     if not known and finished:
         raise UserError(f"output_dir '{config.output_dir}' holds results of something else")
-    student = Model.of(config.student.model)
+    student = Model.of(config.student.model, "student.model")
     on_cluster = cluster.given() and not dry_run
     if on_cluster:
         cluster.join(config.compute)
     profile = resolve(config.compute, known.get("profile", {}), on_cluster=on_cluster)
     if not dry_run:
         record.write_json({"run": digest(identity), "config": identity, "profile": asdict(profile)})
-    store = Location.of(config.store) if config.store else output / "store"
     return Context(config, store, profile, student, dry_run)
 
 
@@ -102,9 +106,25 @@ def explain(error: BaseException) -> str | None:
                 "space, or set store= to another disk, and run the same command again: finished parts "
                 "are kept"
             )
-        if isinstance(link, PermissionError):
+        if isinstance(link, PermissionError) or (isinstance(link, OSError) and link.errno == errno.EROFS):
             return f"not permitted: {link}"
     return None
+
+
+def _folder(key: str, url: str, *, make: bool) -> Location:
+    try:
+        location = Location.of(url)
+        kind = location.filesystem.get_file_info(location.path).type
+        if kind not in (FileType.Directory, FileType.NotFound):
+            raise UserError(f"{key}: '{url}' is a file, not a folder; name another place")
+        if make:
+            location.filesystem.create_dir(location.path, recursive=True)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{key}: no folder can be made or reached at '{url}': {error}. Give a path that can be written "
+            "to, or a URL that pyarrow knows (file://, s3://, gs://)"
+        ) from error
+    return location
 
 
 def _differences(one: Any, other: Any, prefix: str = "") -> Sequence[str]:

@@ -51,6 +51,7 @@ def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], lab
     buckets = int(encoded.queries.manifest()["buckets"])
     names = [part_name("run", number, "parquet") for number in range(buckets)]
     missing = [int(name.split("-")[1].split(".")[0]) for name in target.missing(names)]
+    merged: list[dict[str, Any]] = []
     if missing:
         shards = min(config.compute.workers, int(encoded.passages.manifest()["buckets"]))
         run_parts(
@@ -61,7 +62,7 @@ def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], lab
             [{"retriever": "dense", "shard": s, "shards": shards, "queries": missing} for s in range(shards)]
             + [{"retriever": "bm25", "queries": [number]} for number in missing if "bm25" in retrievers],
         )
-        run_parts(
+        merged = run_parts(
             context,
             f"{label}: merge",
             _Merger,
@@ -76,7 +77,13 @@ def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], lab
             },
             [{"number": number} for number in missing],
         )
-    context.finish(target, names, buckets=buckets)
+    context.finish(
+        target,
+        names,
+        rows=int(encoded.queries.manifest()["rows"]),
+        worked=sum(f["queries"] for f in merged),
+        buckets=buckets,
+    )
     for name in target.folder.names():
         if name.startswith("partial-"):
             (target.folder / name).remove()

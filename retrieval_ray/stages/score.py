@@ -89,13 +89,9 @@ def _run_teacher(context: Context, teacher: str, ranked: Ranked, cross_encoder: 
         arguments,
         [{"number": n} for n, name in enumerate(names) if name in missing],
     )
-    context.finish(
-        target,
-        names,
-        teacher=teacher_id,
-        pairs_judged_last_run=sum(f["judged"] for f in facts),
-        pairs_from_cache_last_run=sum(f["cached"] for f in facts),
-    )
+    judged, cached = (sum(f[key] for f in facts) for key in ("judged", "cached"))
+    pairs = sum(target.read(name, ["query_id"]).num_rows for name in names)
+    context.finish(target, names, rows=pairs, worked=judged, from_cache=cached, teacher=teacher_id)
     return target
 
 

@@ -65,6 +65,7 @@ def run(context: Context, corpora: list[Grouped]) -> Stage:
     context.finish(
         target,
         [*model_files, "fit.json"],
+        rows=len(facts["steps"]),
         epoch=chosen(facts["history"]),
         candidate_epoch=facts["best_epoch"],
         temperatures={

@@ -244,4 +244,4 @@ def test_cross_encoder_teacher_scores_are_its_own_predictions_and_cached(
     adapt([*settings, *teacher], until="score")
     (manifest,) = store.glob("score-*/manifest.json")
     facts = json.loads(manifest.read_text())
-    assert facts["pairs_judged_last_run"] == 0 and facts["pairs_from_cache_last_run"] == len(scores)
+    assert facts["rows_this_run"] == 0 and facts["from_cache"] == len(scores)

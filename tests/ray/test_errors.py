@@ -1,5 +1,6 @@
 """Everything a user can get wrong ends with exit code 2 and one readable message."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -91,6 +92,42 @@ def test_output_of_another_run(beir, tmp_path, student_folder, monkeypatch, caps
     job.open_run(load(str(ROOT / "configs" / "cpu.yaml"), [*settings, "seed=3"]), dry_run=False)
     message = fails([*settings, "seed=2"], monkeypatch, capsys)
     assert "another run's results" in message and "(different: seed)" in message
+
+
+@pytest.mark.parametrize("key", ["output_dir", "store"])
+@pytest.mark.parametrize(
+    ("place", "dry_run", "expected"),
+    [
+        ("{}/file", False, "is a file, not a folder"),
+        ("{}/file", True, "is a file, not a folder"),
+        ("{}/file/below", False, "Not a directory"),
+        ("foo://bar", False, "Unrecognized filesystem"),
+        ("foo://bar", True, "Unrecognized filesystem"),
+    ],
+)
+def test_what_cannot_be_a_folder(  # type: ignore[no-untyped-def]
+    key, place, dry_run, expected, beir, tmp_path, student_folder, monkeypatch, capsys
+) -> None:
+    (tmp_path / "file").write_text("something else")
+    settings = [f"dataset.path={beir}", f"student.model={student_folder}", "compute.precision=float32"]
+    settings += [f"output_dir={tmp_path / 'out'}", f"{key}={place.format(tmp_path)}"]
+    message = fails([*settings, *(["--dry-run"] if dry_run else [])], monkeypatch, capsys)
+    assert message.startswith(f"error: {key}: ") and place.format(tmp_path) in message
+    assert expected in message
+
+
+def test_a_model_folder_without_a_model(beir, tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    settings = [f"dataset.path={beir}", f"student.model={beir}", f"output_dir={tmp_path / 'out'}"]
+    message = fails([*settings, "compute.precision=float32"], monkeypatch, capsys)
+    assert f"no model in the folder '{beir}'" in message
+
+
+def test_what_may_not_be_read_or_written_is_named() -> None:
+    """Also where a whole filesystem is read-only, as mounts in containers often are."""
+    denied = PermissionError(errno.EACCES, "Permission denied", "/data/corpus.jsonl")
+    assert "not permitted: " in str(job.explain(denied)) and "corpus.jsonl" in str(job.explain(denied))
+    read_only = OSError(errno.EROFS, "Read-only file system", "/mnt/run.json")
+    assert "not permitted: " in str(job.explain(read_only)) and "run.json" in str(job.explain(read_only))
 
 
 def test_too_few_resources(collection, tmp_path, student_folder, ray_local, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]

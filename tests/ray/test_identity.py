@@ -1,0 +1,130 @@
+"""What a stage and a cached score are named after: all that changes them, and nothing else.
+
+Starts no Ray: the stages are asked for their names and do no work.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrieval_ray.artifacts import Location, Stage, stage
+from retrieval_ray.config import Config, DatasetConfig
+from retrieval_ray.model_files import Model
+from retrieval_ray.scorecache import ScoreCache
+from retrieval_ray.sources import Source
+from retrieval_ray.stages import encode, ingest, score
+from retrieval_ray.stages.collection import Collection, Ranked, extend
+from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.profile import Profile
+
+TEXTS = [f"passage number {n} on ba co di" for n in range(24)]
+CROSS_ENCODER = Model("/models/judge", "c" * 64)
+TEACHERS = {"late", "bm25", "dense", "cross_encoder"}
+Change = Callable[[Context], Context]
+
+
+def corpus_of(context: Context, texts: list[str], *, titles: bool = True) -> Stage:
+    rows = [("somewhere", f"p{n}", "a title", text) for n, text in enumerate(texts)]
+    source = Source("small", lambda: rows, lambda split: [], lambda split: [])
+    return ingest.run(context, DatasetConfig(titles=titles), source)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    profile = Profile(precision="float32", device="cpu", threads=1, token_budget=1024, workers=1)
+    return Context(Config(), Location.of(str(tmp_path)), profile, Model("/models/student", "a" * 64))
+
+
+@pytest.fixture
+def names(context: Context, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
+    """A function that gives the fingerprints of both encode stages and the ids of all teachers."""
+    others = {}
+    for name in ("queries", "retrieve"):
+        others[name] = stage(context.store, name, {})
+        others[name].finish([])
+
+    def of(run: Context, corpus: Stage, judge: Model = CROSS_ENCODER) -> dict[str, str]:
+        monkeypatch.setattr(Context, "start", lambda *_: False)
+        encoded = encode.run(run, Collection("small", "test", 1, corpus, others["queries"]))
+        ranked = extend(encoded, Ranked, retrievers=("dense",), retrieved=others["retrieve"])
+        scored = score.run(run, ranked, None).scores | score.run(run, ranked, judge).scores
+        monkeypatch.undo()
+        teachers = {name: str(done.identity["teacher"]) for name, done in scored.items()}
+        return {
+            "passages": encoded.passages.fingerprint,
+            "queries": encoded.query_vectors.fingerprint,
+            **teachers,
+        }
+
+    return of
+
+
+def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    assert one.keys() == other.keys() == {"passages", "queries"} | TEACHERS
+    return {name for name in one if one[name] != other[name]}
+
+
+def student(**values: Any) -> Change:
+    return lambda run: replace(run, config=replace(run.config, student=replace(run.config.student, **values)))
+
+
+def teacher(**values: Any) -> Change:
+    return lambda run: replace(run, config=replace(run.config, teacher=replace(run.config.teacher, **values)))
+
+
+def profile(**values: Any) -> Change:
+    return lambda run: replace(run, profile=replace(run.profile, **values))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (student(query_prompt="query: "), {"queries", "late", "dense"}),
+        (student(passage_prompt="passage: "), {"passages", "late", "dense"}),
+        (student(max_query_tokens=8), {"queries", "late", "dense"}),
+        (student(max_passage_tokens=8), {"passages", "late", "dense"}),
+        (lambda run: run.with_student(Model("/models/student", "b" * 64)),
+         {"passages", "queries", "late", "dense"}),
+        (teacher(max_tokens=256), {"cross_encoder"}),
+        (profile(precision="bfloat16"), {"passages", "queries", "late", "dense", "cross_encoder"}),
+        # where a model lies and how many workers there are changes no number
+        (lambda run: run.with_student(Model("/elsewhere", "a" * 64)), set()),
+        (profile(workers=4), set()),
+        (teacher(depth=60), set()),
+    ],
+)  # fmt: skip
+def test_the_models_settings(
+    context: Context, names: Callable[..., dict[str, str]], change: Change, expected: set[str]
+) -> None:
+    corpus = corpus_of(context, TEXTS)
+    assert changed(names(context, corpus), names(change(context), corpus)) == expected
+
+
+def test_the_cross_encoders_weights(context: Context, names: Callable[..., dict[str, str]]) -> None:
+    corpus = corpus_of(context, TEXTS)
+    before = names(context, corpus)
+    assert changed(before, names(context, corpus, Model("/models/judge", "d" * 64))) == {"cross_encoder"}
+    assert changed(before, names(context, corpus, Model("/elsewhere", "c" * 64))) == set()
+
+
+def test_the_corpus(context: Context, names: Callable[..., dict[str, str]]) -> None:
+    """BM25 weighs words by the whole corpus; the other teachers see one passage, which is in the key."""
+    before = names(context, corpus_of(context, TEXTS))
+    for other in (
+        corpus_of(context, [*TEXTS[:-1], "another text"]),
+        corpus_of(context, [*TEXTS, "one more"]),
+        corpus_of(context, TEXTS, titles=False),
+    ):
+        assert changed(before, names(context, other)) == {"passages", "bm25"}
+
+
+def test_teachers_that_differ_share_no_score(context: Context, names: Callable[..., dict[str, str]]) -> None:
+    corpus = corpus_of(context, TEXTS)
+    runs = [context, student(query_prompt="query: ")(context), teacher(max_tokens=256)(context)]
+    ids = {found for run in runs for name, found in names(run, corpus).items() if name in TEACHERS}
+    assert len(ids) == 4 + 2 + 1
+    caches = [ScoreCache(context.store, one) for one in ids]
+    assert len({cache.folder.path for cache in caches}) == len({cache.key("q", "p") for cache in caches}) == 7
