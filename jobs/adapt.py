@@ -19,6 +19,7 @@ from retrieval_ray.stages import (
     ingest,
     job,
     plan,
+    queries,
     results,
     retrieve,
     score,
@@ -47,7 +48,12 @@ def pipeline(context: Context, until: str | None) -> str | None:
     corpora = [ingest.run(context, *pair) for pair in zip(datasets, sources, strict=True)]
     if until == "corpus":
         return None
-    collections = [generate.run(context, *each) for each in zip(datasets, sources, corpora, strict=True)]
+    generated = [generate.run(context, *each) for each in zip(sources, corpora, strict=True)]
+    if until == "generate":
+        return None
+    collections = [
+        queries.run(context, *each) for each in zip(datasets, sources, corpora, generated, strict=True)
+    ]
     if until == "queries":
         return None
     if not context.dry_run:  # only now: what is wrong with the data shows before any cluster starts

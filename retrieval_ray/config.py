@@ -14,7 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from retrieval_ray.errors import UserError
+from retrieval_ray.prompts import KINDS
+from retrieval_ray.sampling import WAYS
 
+ENGINES = ("vllm", "endpoint")
 SOURCES = ("log", "extractive", "llm")
 RETRIEVERS = ("dense", "bm25")
 TEACHERS = ("embedded", "cross_encoder")
@@ -26,6 +29,12 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
     "queries": {
         "max_queries": (1, _MANY), "max_words": (1, _MANY), "extractive_per_passage": (1, 3),
         "extractive_max": (0, _MANY),
+    },
+    "llm": {
+        "passages": (1, _MANY), "exemplar_sets": (1, _MANY), "temperature": (0, 2), "top_p": (_TINY, 1),
+        "max_tokens": (1, _MANY), "max_copied": (0, 1), "max_failed": (0, 1), "replicas": (1, _MANY),
+        "concurrency": (1, _MANY), "timeout_seconds": (_TINY, _MANY), "retries": (0, _MANY),
+        "tokens_per_second": (_TINY, _MANY),
     },
     "student": {"max_query_tokens": (1, _MANY), "max_passage_tokens": (1, _MANY)},
     "retrieve": {"rrf_k": (0, _MANY)},
@@ -70,6 +79,36 @@ class QueriesConfig:
     extractive_per_passage: int = 3  # title, salient span, key terms, in this order
     extractive_max: int = 2_000
     max_words: int = 64
+
+
+@dataclass
+class LlmConfig:
+    """The LLM that writes queries, where ``queries.sources`` names ``llm``."""
+
+    engine: str = "vllm"  # vllm, on this cluster's GPUs; endpoint: any OpenAI-compatible one
+    model: str | None = None  # folder or hub id; for an endpoint the name it knows
+    kinds: dict[str, int] = field(default_factory=dict)  # queries per passage; {}: one of each of the six
+    passages: int = 100_000  # that queries are written for, at most
+    sample: str = "uniform"  # uniform | length | title
+    language: str | None = None  # of the queries; null: each passage's own
+    exemplars: str | None = None  # a JSONL pool of your own; null: ours
+    exemplar_sets: int | None = 32  # different draws per kind; null: one for every passage
+    temperature: float = 0.8
+    top_p: float = 1.0
+    max_tokens: int = 64  # of a reply
+    structured: bool = False  # replies as JSON, held to a schema
+    max_copied: float = 0.7  # drop a query of whose words a larger share stands in the passage in one run
+    max_failed: float = 0.02  # share of requests without a reply from which the stage is an error
+    chat_template: dict[str, Any] = field(default_factory=dict)  # its arguments, as {enable_thinking: false}
+    vllm: dict[str, Any] = field(default_factory=dict)  # engine arguments, as {tensor_parallel_size: 2}
+    lora: str | None = None  # folder or hub id of an adapter for vLLM
+    replicas: int | None = None  # vLLM engines; null: compute.workers
+    url: str | None = None  # of the endpoint: http://host:8000/v1
+    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the endpoint's key
+    concurrency: int = 64  # requests in flight per worker
+    timeout_seconds: float = 120.0
+    retries: int = 6
+    tokens_per_second: float | None = None  # of one engine, for the forecast; null: as measured before
 
 
 @dataclass
@@ -155,6 +194,7 @@ class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     datasets: list[DatasetConfig] = field(default_factory=list)  # several corpora; else `dataset`
     queries: QueriesConfig = field(default_factory=QueriesConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -257,6 +297,9 @@ def _check_values(config: Config) -> None:
 
     for key, chosen, known in (
         ("queries.sources", config.queries.sources or [], SOURCES),
+        ("llm.engine", [config.llm.engine], ENGINES),
+        ("llm.kinds", list(config.llm.kinds), KINDS),
+        ("llm.sample", [config.llm.sample], WAYS),
         ("retrieve.retrievers", config.retrieve.retrievers, RETRIEVERS),
         ("teacher.kind", [config.teacher.kind], TEACHERS),
         ("groups.negatives", [config.groups.negatives], NEGATIVES),
@@ -305,6 +348,16 @@ def _check_values(config: Config) -> None:
     need(
         sources is None or (sources != [] and len(set(sources)) == len(sources)),
         "queries.sources: name at least one, each once, or null",
+    )
+    if "llm" in (sources or []):
+        need(bool(config.llm.model), "llm.model: queries.sources names 'llm', so a model must be named")
+        need(
+            config.llm.engine != "endpoint" or bool(config.llm.url),
+            "llm.url: an endpoint needs its address, like http://localhost:8000/v1",
+        )
+    need(
+        min(config.llm.kinds.values(), default=1) >= 0 and sum(config.llm.kinds.values() or [1]) > 0,
+        "llm.kinds: numbers of queries per passage must not be negative, and one must be more than 0",
     )
     need(config.seed >= 0, "seed: must not be negative")
     weights = config.teacher.weights

@@ -29,6 +29,26 @@ class Model:
         return cls(_pinned(name, Path(folder)), weights_sha(folder))
 
 
+def by_revision(name: str, key: str) -> Model:
+    """Like ``Model.of``, but a hub id is not downloaded: its commit stands for its files.
+
+    For models that the driver has no use for itself, like an LLM of many gigabytes.
+    """
+    if Path(name).is_dir() or "://" in name:
+        return Model.of(name, key)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    hub_id, _, revision = name.partition("@")
+    try:
+        commit = HfApi().model_info(hub_id, revision=revision or None).sha
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"{key}: no model '{name}': neither a folder nor a hub id that can be reached ({error})"
+        ) from error
+    return Model(f"{hub_id}@{commit}", f"{hub_id}@{commit}")
+
+
 def resolve_model(name: str | Location, key: str) -> str:
     """The local folder of a model: a folder, the bundled model, a URL (``s3://...``) or a hub id.
 

@@ -11,13 +11,14 @@ prefixes computes the first two once for every passage that draws the same exemp
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from retrieval_ray.errors import UserError
+from retrieval_ray.generator import query_id_of
 
 PROMPT_VERSION = "prompts-1"
 EXEMPLARS = 3  # shown in a prompt, as in the papers' code
@@ -69,7 +70,7 @@ class Pool:
         column = _SHOWN.get(kind)
         if column is None:
             return []
-        number = int(hashlib.sha256(f"{seed}\0{kind}\0{passage_id}".encode()).hexdigest()[:15], 16)
+        number = _number(f"{seed}\0{kind}\0{passage_id}")
         number = number if sets is None else number % sets
         usable = [row for row in self.rows if row.get(column)]
         drawn = random.Random(f"{seed}-{kind}-{number}").sample(usable, min(EXEMPLARS, len(usable)))
@@ -112,6 +113,50 @@ def read_pool(path: str | None, language: str | None = None) -> Pool:
     return Pool(tuple(rows), hashlib.sha256(text.encode()).hexdigest())
 
 
+@dataclass(frozen=True)
+class Request:
+    """One reply that is wanted."""
+
+    query_id: str
+    passage_id: str
+    kind: str
+    messages: Messages
+    seed: int
+
+    def question(self) -> str:
+        """Everything that the model is told, as one text."""
+        return json.dumps([self.messages, self.seed], ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be written for every passage.
+
+    kinds: how many queries of each. language: see ``messages``. sets: see ``Pool.draw``.
+    """
+
+    kinds: Mapping[str, int]
+    pool: Pool
+    language: str | None
+    sets: int | None
+    seed: int
+
+    def requests(self, passages: Iterable[tuple[str, str]]) -> list[Request]:
+        """The requests for (passage_id, text) pairs; those with the same prefix stand together."""
+        found: list[tuple[str, Request]] = []
+        for passage_id, text in passages:
+            for kind, count in self.kinds.items():
+                shown = self.pool.draw(kind, passage_id, seed=self.seed, sets=self.sets)
+                turns = messages(kind, text, shown, language=self.language)
+                for number in range(count):
+                    version = PROMPT_VERSION if number == 0 else f"{PROMPT_VERSION}.{number}"
+                    query_id = query_id_of(passage_id, kind, version)
+                    seed = _number(f"{self.seed}\0{query_id}") % 2**31
+                    prefix = f"{kind}\0{json.dumps(shown)}"
+                    found.append((prefix, Request(query_id, passage_id, kind, turns, seed)))
+        return [request for _, request in sorted(found, key=lambda pair: (pair[0], pair[1].query_id))]
+
+
 def messages(
     kind: str, passage: str, exemplars: Sequence[tuple[str, str]], *, language: str | None
 ) -> Messages:
@@ -130,6 +175,10 @@ def messages(
     turns.append({"role": "user", "content": _ask(passage)})
     turns[0] = {"role": "user", "content": f"{instruction}\n\n{turns[0]['content']}"}
     return turns
+
+
+def _number(key: str) -> int:
+    return int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
 
 
 def _ask(passage: str) -> str:

@@ -1,12 +1,26 @@
 """An LLM's reply -> a query, cleaned; or a reason to drop it."""
 
 import json
+from dataclasses import dataclass
 
 import regex
 
 from retrieval_ray.words import surface_words
 
+REPLIES_VERSION = "replies-1"
 Drop = tuple[str, str]  # reason, detail
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for a request: a text, or an error that concerns this request alone."""
+
+    query_id: str
+    text: str | None
+    error: str | None
+    tokens_in: int
+    tokens_out: int
+
 
 _THOUGHT = regex.compile(r"\A.*?</think>", regex.S)
 _LABEL = regex.compile(

@@ -19,6 +19,17 @@ TABLES: dict[str, pa.Schema] = {
             ("generator", _TEXT),
         ]
     ),
+    "replies": pa.schema(
+        [
+            ("query_id", _TEXT),
+            ("passage_id", _TEXT),
+            ("kind", _TEXT),
+            ("text", _TEXT),  # as it came; null where there was an error
+            ("error", _TEXT),
+            ("tokens_in", pa.int32()),
+            ("tokens_out", pa.int32()),
+        ]
+    ),
     "run": pa.schema(
         [
             ("retriever", _TEXT),

@@ -17,6 +17,7 @@ class Collection:
     split: str
     relevance_threshold: int
     corpus: Stage
+    generated: Stage | None  # an LLM's replies
     queries: Stage
 
     def stages(self) -> list[Stage]:

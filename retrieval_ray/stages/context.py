@@ -16,7 +16,7 @@ _RECORDED = (
     "ray", "torch", "transformers", "sentence-transformers", "pyarrow", "numpy",
     "bm25s", "pytrec-eval-terrier",
 )  # fmt: skip
-STAGES = ("corpus", "queries", "encode", "retrieve", "score", "groups", "train", "evaluate")
+STAGES = ("corpus", "generate", "queries", "encode", "retrieve", "score", "groups", "train", "evaluate")
 
 
 class WouldRun(Exception):

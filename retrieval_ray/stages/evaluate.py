@@ -9,8 +9,8 @@ from retrieval_ray.artifacts import Stage, stage
 from retrieval_ray.runs import Ranking
 from retrieval_ray.stages.collection import Grouped, Ranked
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.generate import qrels_of
 from retrieval_ray.stages.group import judged_pools
+from retrieval_ray.stages.queries import qrels_of
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 
 VERSION = 1

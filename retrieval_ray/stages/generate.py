@@ -1,205 +1,187 @@
-"""The queries stage: training queries from a log and from passages, judged queries beside them."""
+"""The generate stage: an LLM writes queries for a sample of passages.
 
-import random
+A request is a function of passage, kind, drawn exemplars and seed, so a rerun asks the same. Replies are
+kept by content as they come, in blocks, shared by every run of a store: a kill loses the blocks in
+flight, and what was once answered is never asked again. When the engine has been through all requests,
+each part (the replies for one bucket of passages) is written as it came; queries are read out of replies
+in the queries stage, so another rule for dropping them costs no call.
+"""
+
 from collections import Counter
-from collections.abc import Mapping
-
-import pyarrow as pa
+from collections.abc import Callable
+from typing import Any
 
 from retrieval_ray import schema
-from retrieval_ray.artifacts import Stage, bucket_count, bucket_of, digest, part_name, stage
-from retrieval_ray.config import DatasetConfig, QueriesConfig
-from retrieval_ray.datasets import Judged, read_judged, read_log, read_log_file, rejects_table
+from retrieval_ray.artifacts import Stage, bucket_of, digest, part_name, stage
+from retrieval_ray.config import LlmConfig
 from retrieval_ray.errors import UserError
-from retrieval_ray.filters import query_rejects
-from retrieval_ray.generator import (
-    EXTRACTIVE_KINDS,
-    EXTRACTIVE_VERSION,
-    Written,
-    document_frequencies,
-    extractive,
-)
+from retrieval_ray.model_files import Model, by_revision
 from retrieval_ray.progress import say
+from retrieval_ray.prompts import KINDS, PROMPT_VERSION, Wanted, read_pool
+from retrieval_ray.sampling import sample
 from retrieval_ray.sources import Source
-from retrieval_ray.stages.collection import Collection
+from retrieval_ray.stages import ask_endpoint, ask_vllm, cluster
+from retrieval_ray.stages.asking import Asking, Block
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.ingest import corpus_table, duplicates
+from retrieval_ray.stages.ingest import corpus_table, duplicates, passage_text
+from retrieval_ray.stages.parts import run_parts
 
 VERSION = 1
-Row = dict[str, object]
+Ask = Callable[[Context, Asking, Model, list[Block], str], dict[str, Any]]
+ENGINES: dict[str, Ask] = {"vllm": ask_vllm.ask, "endpoint": ask_endpoint.ask}
+# Arguments of vLLM that say how to compute, not what.
+_EXECUTION = {
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpu_memory_utilization",
+    "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching",
+    "distributed_executor_backend", "max_model_len", "swap_space",
+}  # fmt: skip
 
 
-def sources_of(queries: QueriesConfig, dataset: DatasetConfig) -> list[str]:
-    """Where training queries come from: as told, or the log where there is one, else extractive."""
-    has_log = bool(dataset.log_split or queries.log_split or queries.log_path)
-    if queries.sources is None:
-        return ["log"] if has_log else ["extractive"]
-    if "log" in queries.sources and not has_log:
-        raise UserError(
-            "queries.sources names 'log', and there is none: set queries.log_split or queries.log_path"
-        )
-    if "llm" in queries.sources:
-        raise UserError(
-            "queries.sources: this version writes queries from a log and by extraction; "
-            "an LLM's queries can be given as a log (queries.log_path)"
-        )
-    return list(queries.sources)
-
-
-def run(context: Context, dataset: DatasetConfig, source: Source, corpus: Stage) -> Collection:
-    """Collect the queries of one corpus: parts by content hash, qrels per split, rejects."""
-    queries = _collect(context, dataset, source, corpus)
-    return Collection(source.name, dataset.split, dataset.relevance_threshold, corpus, queries)
-
-
-def _collect(context: Context, dataset: DatasetConfig, source: Source, corpus: Stage) -> Stage:
-    config = context.config.queries
-    passage_ids = set(corpus_table(corpus).column("passage_id").to_pylist())
-    test = read_judged(source, dataset.split, passage_ids, max_queries=dataset.max_queries)
-    dev = read_judged(source, dataset.dev_split, passage_ids) if dataset.dev_split else None
-    overlap = test.texts.keys() & (dev.texts.keys() if dev else set())
-    if overlap:
-        raise UserError(
-            f"dataset.dev_split and dataset.split share {len(overlap)} queries "
-            f"(first: '{min(overlap)}'): choosing on what is reported proves nothing"
-        )
-    judged = {"test": test, **({"dev": dev} if dev else {})}
-    for split in judged.values():
-        for warning in split.warnings:
-            say(f"warning: {warning}")
-    log = _log(config, dataset, source, judged)
-    sources = sources_of(config, dataset)
+def run(context: Context, source: Source, corpus: Stage) -> Stage | None:
+    """Have the LLM write queries for a sample of a corpus's passages, where it is among the sources."""
+    if "llm" not in (context.config.queries.sources or []):
+        return None
+    config, name = context.config.llm, source.name
+    model = model_of(config)
+    wanted = wanted_of(context)
     identity = {
         "version": VERSION,
         "corpus": corpus.content(),
-        "judged": digest({s: [j.texts, j.qrels.to_pylist()] for s, j in judged.items()}),
-        "log": digest(log),
-        "sources": sources,
-        "extractive": [EXTRACTIVE_VERSION, config.extractive_per_passage, config.extractive_max],
-        "max": [config.max_queries, config.max_words],
+        "titles": corpus.identity["titles"],
+        "generator": generator(config, model),
+        "prompts": [PROMPT_VERSION, wanted.pool.sha, wanted.sets, wanted.language],
+        "kinds": dict(wanted.kinds),
+        "sample": [config.passages, config.sample],
         "seed": context.config.seed,
     }
-    target = stage(context.store, "queries", identity)
-    if not context.start(target, f"queries of '{source.name}' from {' and '.join(sources)}"):
+    target = stage(context.store, "generate", identity)
+    label = f"queries for '{name}' by {config.model}"
+    if not context.start(target, label):
         return target
-
-    rows: list[Row] = []
-    if "log" in sources:
-        rows += [_row(key, text, "log", "train", None, "log") for key, text in log.items()]
-    if "extractive" in sources:
-        rows += [
-            _row(w.query_id, w.text, w.kind, "train", w.passage_id, EXTRACTIVE_VERSION)
-            for w in _extracted(config, corpus, context.config.seed)
-        ]
-    rejects = query_rejects(
-        ((str(row["query_id"]), str(row["text"])) for row in rows),
-        max_words=config.max_words,
-        taken=[text for split in judged.values() for text in split.texts.values()],
+    cluster.join(context.config.compute)
+    buckets = int(corpus.manifest()["buckets"])
+    generator_id = digest(identity["generator"])
+    asking = Asking(corpus, target, context.store, generator_id, wanted, buckets)
+    parts = _sampled(context, corpus)
+    names = [part_name("replies", number, "parquet") for number in range(buckets)]
+    missing = set(target.missing(names))
+    todo = [part for part in parts if names[part["number"]] in missing]
+    asking.forget_failures()
+    facts = ENGINES[config.engine](context, asking, model, todo, label)
+    passages = sum(len(part["passages"]) for part in parts)
+    requests = sum(wanted.kinds.values()) * passages
+    errors = Counter(asking.failures().values())
+    _refuse_failures(config, errors, requests)
+    run_parts(context, f"{label}: parts", _Writer, {"asking": asking}, todo, gpus=False)
+    seconds = max(facts["seconds"], 1e-9)
+    context.finish(
+        target,
+        names,
+        rows=requests,
+        worked=facts["asked"],
+        passages=passages,
+        failed=sum(errors.values()),
+        errors=dict(errors.most_common(10)),
+        tokens={
+            "in": facts["tokens_in"],
+            "out": facts["tokens_out"],
+            "in_per_second": round(facts["tokens_in"] / seconds, 1),
+            "out_per_second": round(facts["tokens_out"] / seconds, 1),
+        },
     )
-    dropped = {key for key, _, _ in rejects}
-    rows = [row for row in rows if row["query_id"] not in dropped]
-    if len(rows) > config.max_queries:
-        keep = random.Random(context.config.seed).sample(range(len(rows)), config.max_queries)
-        over = sorted(set(range(len(rows))) - set(keep))
-        rejects += [(str(rows[i]["query_id"]), "over_max_queries", "") for i in over]
-        rows = [rows[i] for i in sorted(keep)]
-    if not rows:
-        reasons = Counter(reason for _, reason, _ in rejects)
-        raise UserError(
-            f"dataset '{source.name}': no training query is left of {len(rejects)} "
-            f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())})"
-        )
-    train_rows = len(rows)
-    for name, split in judged.items():
-        rows += [_row(key, text, "judged", name, None, "human") for key, text in split.texts.items()]
-    _write(context, target, rows, judged, rejects_table("queries", rejects), train_rows)
+    asking.forget_failures()
     return target
 
 
-def queries_table(queries: Stage) -> pa.Table:
-    """All queries of a queries stage, in the order of its parts."""
-    return schema.check(queries.read_all("queries-"), "queries", queries.folder.path)
+def replies_of(generated: Stage) -> list[dict[str, Any]]:
+    """Every row of the replies table, in the order of its parts."""
+    table = schema.check(generated.read_all("replies-"), "replies", generated.folder.path)
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
 
 
-def qrels_of(queries: Stage, split: str) -> dict[str, dict[str, int]]:
-    """The judgements of ``dev`` or ``test``; empty where the split is not judged."""
-    part = f"qrels-{split}.parquet"
-    found: dict[str, dict[str, int]] = {}
-    if part in queries.parts():
-        for row in queries.read(part).to_pylist():
-            found.setdefault(row["query_id"], {})[row["passage_id"]] = row["relevance"]
-    return found
+def wanted_of(context: Context) -> Wanted:
+    """What the config asks to be written."""
+    config = context.config.llm
+    kinds = {kind: count for kind, count in (config.kinds or dict.fromkeys(KINDS, 1)).items() if count}
+    pool = read_pool(config.exemplars, config.language)
+    return Wanted(kinds, pool, config.language, config.exemplar_sets, context.config.seed)
 
 
-def _log(
-    config: QueriesConfig, dataset: DatasetConfig, source: Source, judged: Mapping[str, Judged]
-) -> dict[str, str]:
-    log: dict[str, str] = {}
-    split = dataset.log_split or config.log_split
-    if split:
-        log |= read_log(source, split, without=[q for j in judged.values() for q in j.texts])
-    if config.log_path:
-        log |= {f"log:{key}": text for key, text in read_log_file(config.log_path).items()}
-    return dict(sorted(log.items()))
+def model_of(config: LlmConfig) -> Model:
+    """The LLM: its files' hash or its commit; of an endpoint only the name is known."""
+    if config.engine == "endpoint":
+        return Model(str(config.model), str(config.model))
+    return by_revision(str(config.model), "llm.model")
 
 
-def _extracted(config: QueriesConfig, corpus: Stage, seed: int) -> list[Written]:
-    """Extractive queries of a seeded sample of passages, near-duplicates left out."""
-    table = corpus_table(corpus)
-    columns = (table.column(name).to_pylist() for name in ("passage_id", "title", "text"))
-    passages = sorted(zip(*columns, strict=True))
-    frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in passages)
-    left_out = duplicates(corpus)
-    usable = [passage for passage in passages if passage[0] not in left_out]
-    wanted = -(-config.extractive_max // config.extractive_per_passage)
-    if len(usable) > wanted:
-        usable = sorted(random.Random(seed).sample(usable, wanted))
-    kinds = EXTRACTIVE_KINDS[: config.extractive_per_passage]
-    return list(extractive(usable, frequencies, total, kinds=kinds))[: config.extractive_max]
-
-
-def _row(query_id: str, text: str, kind: str, split: str, passage_id: str | None, generator: str) -> Row:
+def generator(config: LlmConfig, model: Model) -> dict[str, Any]:
+    """Everything that decides a reply beside the messages and the seed."""
+    engine: dict[str, Any] = {}
+    if config.engine == "vllm":
+        engine = {key: value for key, value in sorted(config.vllm.items()) if key not in _EXECUTION}
+        engine["lora"] = by_revision(config.lora, "llm.lora").sha if config.lora else None
     return {
-        "query_id": query_id,
-        "text": text,
-        "kind": kind,
-        "language": None,
-        "split": split,
-        "passage_id": passage_id,
-        "generator": generator,
+        "engine": config.engine,
+        "model": model.sha,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "max_tokens": config.max_tokens,
+        "structured": config.structured,
+        "chat_template": dict(config.chat_template),
+        **engine,
     }
 
 
-def _write(
-    context: Context,
-    target: Stage,
-    rows: list[Row],
-    judged: Mapping[str, Judged],
-    rejects: pa.Table,
-    train_rows: int,
-) -> None:
-    ids = [str(row["query_id"]) for row in rows]
-    if len(set(ids)) != len(ids):
-        twice = sorted({key for key in ids if ids.count(key) > 1})[:3]
-        raise UserError(f"query ids stand in the log and in a judged split: {', '.join(twice)}")
-    buckets = bucket_count(len(rows))
-    parts: list[list[Row]] = [[] for _ in range(buckets)]
-    for row in sorted(rows, key=lambda row: str(row["query_id"])):
-        parts[bucket_of(str(row["text"]), buckets)].append(row)
-    names = [part_name("queries", number, "parquet") for number in range(buckets)]
-    for name, part in zip(names, parts, strict=True):
-        target.write(name, schema.from_rows("queries", part))
-    for split, found in judged.items():
-        target.write(f"qrels-{split}.parquet", found.qrels)
-        names.append(f"qrels-{split}.parquet")
-        rejects = pa.concat_tables([rejects, found.rejects])
-    target.write("rejects.parquet", rejects)
-    context.finish(
-        target,
-        [*names, "rejects.parquet"],
-        rows=len(rows),
-        buckets=buckets,
-        train=train_rows,
-        rejected=dict(Counter(rejects.column("reason").to_pylist())),
-        warnings=[warning for split in judged.values() for warning in split.warnings],
-    )
+def _sampled(context: Context, corpus: Stage) -> list[Block]:
+    """The passages to write for, near-duplicates left out, by part of the corpus; also the empty parts."""
+    config, buckets = context.config.llm, int(corpus.manifest()["buckets"])
+    titles, left_out = bool(corpus.identity["titles"]), duplicates(corpus)
+    table = corpus_table(corpus)
+    columns = (table.column(name).to_pylist() for name in ("passage_id", "title", "text"))
+    usable = [row for row in zip(*columns, strict=True) if row[0] not in left_out]
+    chosen = set(sample(usable, config.passages, way=config.sample, seed=context.config.seed))
+    by_part: dict[int, list[str]] = {number: [] for number in range(buckets)}
+    for passage_id, title, text in usable:
+        if passage_id in chosen:
+            by_part[bucket_of(passage_text(title, text, titles=titles), buckets)].append(passage_id)
+    return [{"number": number, "passages": sorted(ids)} for number, ids in by_part.items()]
+
+
+def _refuse_failures(config: LlmConfig, errors: Counter[str], requests: int) -> None:
+    failed = sum(errors.values())
+    if failed > config.max_failed * requests:
+        text, count = errors.most_common(1)[0]
+        raise UserError(
+            f"llm: {failed} of {requests} requests have no reply (llm.max_failed={config.max_failed:g}); "
+            f"the most frequent error, {count} times: {text}. What was answered is kept: run the same "
+            "command again and only the rest is asked"
+        )
+    if failed:
+        say(f"  warning: {failed} of {requests} requests have no reply; they stand in rejects")
+
+
+class _Writer:
+    """Writes one part of the replies table from what is kept."""
+
+    def __init__(self, asking: Asking) -> None:
+        self.asking = asking
+
+    def run(self, part: dict[str, Any]) -> dict[str, Any]:
+        rows: list[dict[str, object]] = [
+            {
+                "query_id": request.query_id,
+                "passage_id": request.passage_id,
+                "kind": request.kind,
+                "text": reply.text,
+                "error": reply.error,
+                "tokens_in": reply.tokens_in,
+                "tokens_out": reply.tokens_out,
+            }
+            for request, reply in self.asking.replies(part)
+        ]
+        rows.sort(key=lambda row: str(row["query_id"]))
+        self.asking.target.write(
+            part_name("replies", int(part["number"]), "parquet"), schema.from_rows("replies", rows)
+        )
+        return {"rows": len(rows)}

@@ -14,7 +14,7 @@ from retrieval_ray.datasets import rejects_table
 from retrieval_ray.progress import say
 from retrieval_ray.stages.collection import Grouped, Judged, extend
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.generate import qrels_of, queries_table
+from retrieval_ray.stages.queries import qrels_of, queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.stages.score import scores_of
 

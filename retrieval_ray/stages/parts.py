@@ -41,10 +41,13 @@ def run_parts(
     worker: type[PartWorker],
     arguments: Mapping[str, Any],
     parts: Sequence[dict[str, Any]],
+    *,
+    gpus: bool = True,
 ) -> list[dict[str, Any]]:
     """Run ``worker(**arguments).run(part)`` for each part, on as many actors as there are workers.
 
-    Returns what the parts returned, in no fixed order. Raises what a worker raised.
+    gpus: whether a worker takes its share of GPUs, where there are some. Returns what the parts returned,
+    in no fixed order. Raises what a worker raised.
     """
     if not parts:
         return []
@@ -52,6 +55,7 @@ def run_parts(
     settings.enable_progress_bars = False
     settings.execution_no_progress_timeout_s = 24 * 3600  # one part of a slow teacher may take hours
     settings.execution_options.verbose_progress = False
+    resources = context.worker_resources()
     size = min(context.config.compute.workers, len(parts))
     dataset = ray.data.from_items(
         [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)
@@ -60,7 +64,7 @@ def run_parts(
         fn_constructor_args=(worker, dict(arguments), context.profile.threads),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
-        **context.worker_resources(),
+        **(resources if gpus else {**resources, "num_gpus": 0}),
     )
     facts = []
     with progress(label, len(parts)) as advance:

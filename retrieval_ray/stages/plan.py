@@ -6,7 +6,7 @@ from collections.abc import Callable
 from retrieval_ray.datasets import read_corpus, read_judged, read_log, read_log_file
 from retrieval_ray.sources import open_source
 from retrieval_ray.stages.context import STAGES, Context, WouldRun
-from retrieval_ray.stages.generate import sources_of
+from retrieval_ray.stages.queries import sources_of
 
 Pipeline = Callable[[Context, str | None], str | None]
 

@@ -14,15 +14,15 @@ import pyarrow.compute as pc
 
 from retrieval_ray import bm25, schema
 from retrieval_ray.artifacts import Location, Stage, part_name, stage
+from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model
 from retrieval_ray.runs import exact_dot
-from retrieval_ray.scorecache import ScoreCache
 from retrieval_ray.stages.collection import Judged, Ranked, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import Vectors, part_texts, student_arguments, student_identity
-from retrieval_ray.stages.generate import queries_table
 from retrieval_ray.stages.parts import run_parts
+from retrieval_ray.stages.queries import queries_table
 from retrieval_ray.stages.retrieve import FUSED, bm25_of
 from retrieval_ray.student import Student
 from retrieval_ray.teacher import CrossEncoderTeacher, late_interaction
@@ -155,7 +155,7 @@ class _ModelScorer:
     ) -> None:
         self.teacher_id, self.corpus, self.target = teacher_id, ranked.corpus, target
         self.buckets, self.budget = buckets, token_budget
-        self.cache = ScoreCache(store, teacher_id)
+        self.cache = ContentCache(store / "scores", teacher_id, SCORE)
         table = queries_table(ranked.queries)
         self.query_texts: dict[str, str] = dict(
             zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True)

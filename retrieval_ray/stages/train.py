@@ -26,8 +26,8 @@ from retrieval_ray.progress import progress, say
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import Vectors, student_arguments, student_identity
-from retrieval_ray.stages.generate import qrels_of, queries_table
 from retrieval_ray.stages.ingest import texts_by_id
+from retrieval_ray.stages.queries import qrels_of, queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.step import Lists, Objective
 from retrieval_ray.student import Student

@@ -12,8 +12,8 @@ import pytest
 
 from retrieval_ray.artifacts import Location, Stage, stage
 from retrieval_ray.config import Config, DatasetConfig
+from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.model_files import Model
-from retrieval_ray.scorecache import ScoreCache
 from retrieval_ray.sources import Source
 from retrieval_ray.stages import encode, ingest, score
 from retrieval_ray.stages.collection import Collection, Ranked, extend
@@ -48,7 +48,7 @@ def names(context: Context, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
 
     def of(run: Context, corpus: Stage, judge: Model = CROSS_ENCODER) -> dict[str, str]:
         monkeypatch.setattr(Context, "start", lambda *_: False)
-        encoded = encode.run(run, Collection("small", "test", 1, corpus, others["queries"]))
+        encoded = encode.run(run, Collection("small", "test", 1, corpus, None, others["queries"]))
         ranked = extend(encoded, Ranked, retrievers=("dense",), retrieved=others["retrieve"])
         scored = score.run(run, ranked, None).scores | score.run(run, ranked, judge).scores
         monkeypatch.undo()
@@ -126,5 +126,5 @@ def test_teachers_that_differ_share_no_score(context: Context, names: Callable[.
     runs = [context, student(query_prompt="query: ")(context), teacher(max_tokens=256)(context)]
     ids = {found for run in runs for name, found in names(run, corpus).items() if name in TEACHERS}
     assert len(ids) == 4 + 2 + 1
-    caches = [ScoreCache(context.store, one) for one in ids]
+    caches = [ContentCache(context.store / "scores", one, SCORE) for one in ids]
     assert len({cache.folder.path for cache in caches}) == len({cache.key("q", "p") for cache in caches}) == 7

@@ -1,0 +1,257 @@
+"""The queries stage: from a log, from passages, from an LLM's replies; judged queries beside them."""
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from retrieval_ray import schema
+from retrieval_ray.artifacts import Stage, bucket_count, bucket_of, digest, part_name, stage
+from retrieval_ray.config import DatasetConfig, QueriesConfig
+from retrieval_ray.datasets import Judged, read_judged, read_log, read_log_file, rejects_table
+from retrieval_ray.errors import UserError
+from retrieval_ray.filters import Reject, query_rejects
+from retrieval_ray.generator import (
+    EXTRACTIVE_KINDS,
+    EXTRACTIVE_VERSION,
+    Written,
+    document_frequencies,
+    extractive,
+)
+from retrieval_ray.progress import say
+from retrieval_ray.replies import REPLIES_VERSION, parse
+from retrieval_ray.sources import Source
+from retrieval_ray.stages.collection import Collection
+from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.generate import replies_of
+from retrieval_ray.stages.ingest import corpus_table, duplicates, texts_by_id
+
+VERSION = 2
+_SHOWN = 5  # samples of each reason
+Row = dict[str, object]
+
+
+def sources_of(queries: QueriesConfig, dataset: DatasetConfig) -> list[str]:
+    """Where training queries come from: as told, or the log where there is one, else extractive."""
+    has_log = bool(dataset.log_split or queries.log_split or queries.log_path)
+    if queries.sources is None:
+        return ["log"] if has_log else ["extractive"]
+    if "log" in queries.sources and not has_log:
+        raise UserError(
+            "queries.sources names 'log', and there is none: set queries.log_split or queries.log_path"
+        )
+    return list(queries.sources)
+
+
+def run(
+    context: Context, dataset: DatasetConfig, source: Source, corpus: Stage, generated: Stage | None
+) -> Collection:
+    """Collect the queries of one corpus: parts by content hash, qrels per split, rejects.
+
+    generated: the generate stage, where an LLM is among the sources.
+    """
+    queries = _collect(context, dataset, source, corpus, generated)
+    return Collection(source.name, dataset.split, dataset.relevance_threshold, corpus, generated, queries)
+
+
+def _collect(
+    context: Context, dataset: DatasetConfig, source: Source, corpus: Stage, generated: Stage | None
+) -> Stage:
+    config = context.config.queries
+    passage_ids = set(corpus_table(corpus).column("passage_id").to_pylist())
+    test = read_judged(source, dataset.split, passage_ids, max_queries=dataset.max_queries)
+    dev = read_judged(source, dataset.dev_split, passage_ids) if dataset.dev_split else None
+    overlap = test.texts.keys() & (dev.texts.keys() if dev else set())
+    if overlap:
+        raise UserError(
+            f"dataset.dev_split and dataset.split share {len(overlap)} queries "
+            f"(first: '{min(overlap)}'): choosing on what is reported proves nothing"
+        )
+    judged = {"test": test, **({"dev": dev} if dev else {})}
+    for split in judged.values():
+        for warning in split.warnings:
+            say(f"warning: {warning}")
+    log = _log(config, dataset, source, judged)
+    sources = sources_of(config, dataset)
+    identity = {
+        "version": VERSION,
+        "corpus": corpus.content(),
+        "judged": digest({s: [j.texts, j.qrels.to_pylist()] for s, j in judged.items()}),
+        "log": digest(log),
+        "sources": sources,
+        "extractive": [EXTRACTIVE_VERSION, config.extractive_per_passage, config.extractive_max],
+        "llm": _reading(context, generated),
+        "max": [config.max_queries, config.max_words],
+        "seed": context.config.seed,
+    }
+    target = stage(context.store, "queries", identity)
+    if not context.start(target, f"queries of '{source.name}' from {' and '.join(sources)}"):
+        return target
+
+    rows: list[Row] = []
+    if "log" in sources:
+        rows += [_row(key, text, "log", "train", None, "log") for key, text in log.items()]
+    if "extractive" in sources:
+        rows += [
+            _row(w.query_id, w.text, w.kind, "train", w.passage_id, EXTRACTIVE_VERSION)
+            for w in _extracted(config, corpus, context.config.seed)
+        ]
+    rejects: list[Reject] = []
+    if generated is not None:
+        read, rejects = _read_replies(context, corpus, generated)
+        rows += read
+    rejects += query_rejects(
+        ((str(row["query_id"]), str(row["text"])) for row in rows),
+        max_words=config.max_words,
+        taken=[text for split in judged.values() for text in split.texts.values()],
+    )
+    dropped = {key for key, _, _ in rejects}
+    rows = [row for row in rows if row["query_id"] not in dropped]
+    if len(rows) > config.max_queries:
+        keep = random.Random(context.config.seed).sample(range(len(rows)), config.max_queries)
+        over = sorted(set(range(len(rows))) - set(keep))
+        rejects += [(str(rows[i]["query_id"]), "over_max_queries", "") for i in over]
+        rows = [rows[i] for i in sorted(keep)]
+    if not rows:
+        reasons = Counter(reason for _, reason, _ in rejects)
+        raise UserError(
+            f"dataset '{source.name}': no training query is left of {len(rejects)} "
+            f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())})"
+        )
+    train_rows = len(rows)
+    for name, split in judged.items():
+        rows += [_row(key, text, "judged", name, None, "human") for key, text in split.texts.items()]
+    _write(context, target, rows, judged, rejects_table("queries", rejects), train_rows)
+    return target
+
+
+def queries_table(queries: Stage) -> pa.Table:
+    """All queries of a queries stage, in the order of its parts."""
+    return schema.check(queries.read_all("queries-"), "queries", queries.folder.path)
+
+
+def qrels_of(queries: Stage, split: str) -> dict[str, dict[str, int]]:
+    """The judgements of ``dev`` or ``test``; empty where the split is not judged."""
+    part = f"qrels-{split}.parquet"
+    found: dict[str, dict[str, int]] = {}
+    if part in queries.parts():
+        for row in queries.read(part).to_pylist():
+            found.setdefault(row["query_id"], {})[row["passage_id"]] = row["relevance"]
+    return found
+
+
+def _log(
+    config: QueriesConfig, dataset: DatasetConfig, source: Source, judged: Mapping[str, Judged]
+) -> dict[str, str]:
+    log: dict[str, str] = {}
+    split = dataset.log_split or config.log_split
+    if split:
+        log |= read_log(source, split, without=[q for j in judged.values() for q in j.texts])
+    if config.log_path:
+        log |= {f"log:{key}": text for key, text in read_log_file(config.log_path).items()}
+    return dict(sorted(log.items()))
+
+
+def _extracted(config: QueriesConfig, corpus: Stage, seed: int) -> list[Written]:
+    """Extractive queries of a seeded sample of passages, near-duplicates left out."""
+    table = corpus_table(corpus)
+    columns = (table.column(name).to_pylist() for name in ("passage_id", "title", "text"))
+    passages = sorted(zip(*columns, strict=True))
+    frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in passages)
+    left_out = duplicates(corpus)
+    usable = [passage for passage in passages if passage[0] not in left_out]
+    wanted = -(-config.extractive_max // config.extractive_per_passage)
+    if len(usable) > wanted:
+        usable = sorted(random.Random(seed).sample(usable, wanted))
+    kinds = EXTRACTIVE_KINDS[: config.extractive_per_passage]
+    return list(extractive(usable, frequencies, total, kinds=kinds))[: config.extractive_max]
+
+
+def _reading(context: Context, generated: Stage | None) -> list[object] | None:
+    """What decides which queries are read out of an LLM's replies."""
+    if generated is None:
+        return None
+    llm = context.config.llm
+    return [generated.content(), REPLIES_VERSION, llm.language, llm.max_copied]
+
+
+def _read_replies(context: Context, corpus: Stage, generated: Stage) -> tuple[list[Row], list[Reject]]:
+    """The queries in an LLM's replies, and the replies that hold none, with the reason."""
+    config, texts = context.config, texts_by_id(corpus)
+    rows: list[Row] = []
+    rejects: list[Reject] = []
+    for row in replies_of(generated):
+        if row["text"] is None:
+            rejects.append((row["query_id"], "no_reply", row["error"] or ""))
+            continue
+        query = parse(
+            row["text"],
+            texts[row["passage_id"]],
+            language=config.llm.language,
+            max_words=config.queries.max_words,
+            max_copied=config.llm.max_copied,
+        )
+        if isinstance(query, str):
+            writer = f"llm:{config.llm.model}"
+            rows.append(_row(row["query_id"], query, row["kind"], "train", row["passage_id"], writer))
+        else:
+            rejects.append((row["query_id"], *query))
+    return rows, rejects
+
+
+def _row(query_id: str, text: str, kind: str, split: str, passage_id: str | None, generator: str) -> Row:
+    return {
+        "query_id": query_id,
+        "text": text,
+        "kind": kind,
+        "language": None,
+        "split": split,
+        "passage_id": passage_id,
+        "generator": generator,
+    }
+
+
+def _write(
+    context: Context,
+    target: Stage,
+    rows: list[Row],
+    judged: Mapping[str, Judged],
+    rejects: pa.Table,
+    train_rows: int,
+) -> None:
+    ids = [str(row["query_id"]) for row in rows]
+    if len(set(ids)) != len(ids):
+        twice = sorted({key for key in ids if ids.count(key) > 1})[:3]
+        raise UserError(f"query ids stand in the log and in a judged split: {', '.join(twice)}")
+    buckets = bucket_count(len(rows))
+    parts: list[list[Row]] = [[] for _ in range(buckets)]
+    for row in sorted(rows, key=lambda row: str(row["query_id"])):
+        parts[bucket_of(str(row["text"]), buckets)].append(row)
+    names = [part_name("queries", number, "parquet") for number in range(buckets)]
+    for name, part in zip(names, parts, strict=True):
+        target.write(name, schema.from_rows("queries", part))
+    for split, found in judged.items():
+        target.write(f"qrels-{split}.parquet", found.qrels)
+        names.append(f"qrels-{split}.parquet")
+        rejects = pa.concat_tables([rejects, found.rejects])
+    target.write("rejects.parquet", rejects)
+    context.finish(
+        target,
+        [*names, "rejects.parquet"],
+        rows=len(rows),
+        buckets=buckets,
+        train=train_rows,
+        rejected=dict(Counter(rejects.column("reason").to_pylist())),
+        samples=_samples(rejects),
+        warnings=[warning for split in judged.values() for warning in split.warnings],
+    )
+
+
+def _samples(rejects: pa.Table) -> dict[str, list[str]]:
+    """A few rejects of each reason, for the report."""
+    found: dict[str, list[str]] = {}
+    for reason, detail in zip(*(rejects.column(c).to_pylist() for c in ("reason", "detail")), strict=True):
+        if detail and len(found.setdefault(reason, [])) < _SHOWN:
+            found[reason].append(detail[:200])
+    return found
