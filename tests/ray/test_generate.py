@@ -1,0 +1,289 @@
+"""The generate stage on a real endpoint over HTTP and on real vLLM engines, with kills in between."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from aiohttp import web
+
+from retrieval_ray.config import LlmConfig
+from retrieval_ray.prompts import KINDS, Wanted, read_pool
+
+from .conftest import run_job, small_settings
+from .llm import make_llm
+from .test_kill import kill_tree, start, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+KEY = "sk-not-to-be-seen-anywhere"
+
+
+def settings_of(collection: Path, student: str, output: Path, **llm: object) -> list[str]:
+    return [
+        *small_settings(collection, Path(student), output),
+        "queries.sources=[llm]",
+        *(f"llm.{key}={value}" for key, value in llm.items()),
+    ]
+
+
+def replies(output: Path) -> list[dict[str, Any]]:
+    parts = sorted(output.glob("store/generate-*/replies-*.parquet"))
+    return [row for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+def manifest(output: Path, stage: str) -> dict[str, Any]:
+    (found,) = output.glob(f"store/{stage}-*/manifest.json")
+    facts: dict[str, Any] = json.loads(found.read_text())
+    return facts
+
+
+def kept(output: Path) -> list[bytes]:
+    """The keys of every reply in the cache, as often as they are there."""
+    files = output.glob("store/replies/*/*/*.parquet")
+    return [key for file in files for key in pq.read_table(file).column("key").to_pylist()]
+
+
+# --- endpoint ------------------------------------------------------------------------------------
+
+
+class Server:
+    """An OpenAI-compatible endpoint that answers with words of the passage, or as it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        self.refuse = 0.0  # the share of requests that are told to come again
+        self.bad = ""  # requests whose messages hold this are refused for good
+        self.delay = 0.0
+
+    async def answer(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.keys.add(request.headers.get("Authorization"))
+        await asyncio.sleep(self.delay)
+        if random.random() < self.refuse:
+            return web.Response(status=503, text="busy")
+        self.asked.append(body)
+        passage = body["messages"][-1]["content"].rpartition("Passage: ")[2]
+        if self.bad and self.bad in passage:
+            return web.json_response({"error": {"message": "content policy"}}, status=400)
+        words = passage.split()
+        random.Random(body["seed"]).shuffle(words)
+        text = " ".join(words[:6])
+        return web.json_response(
+            {
+                "choices": [{"message": {"role": "assistant", "content": text}}],
+                "usage": {"prompt_tokens": 100, "completion_tokens": 6},
+            }
+        )
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, str]]:
+    served, loop = Server(), asyncio.new_event_loop()
+    ports: list[int] = []
+
+    async def serve() -> None:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", served.answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        ports.append(runner.addresses[0][1])
+
+    thread = threading.Thread(target=lambda: (loop.run_until_complete(serve()), loop.run_forever()))
+    thread.daemon = True
+    thread.start()
+    while not ports:
+        time.sleep(0.05)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    yield served, f"http://127.0.0.1:{ports[0]}/v1"
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(timeout=10)
+
+
+@pytest.mark.chaos
+def test_an_endpoint_is_asked_once_for_every_request(
+    server: tuple[Server, str], collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    """Refusals are tried again, a kill loses nothing that was kept, the key is nowhere, drops are counted."""
+    served, url = server
+    served.refuse, served.delay, served.bad = 0.2, 0.05, "potters"
+    output = tmp_path / "out"
+    settings = settings_of(
+        collection, student_folder, output,
+        engine="endpoint", url=url, model="writer", passages=60, concurrency=8, max_failed=0.5,
+    )  # fmt: skip
+
+    log = tmp_path / "log"
+    process = start([*settings, "--until", "queries"], log)
+    assert wait_until(lambda: len(kept(output)) > 0, process, log)
+    kill_tree(process)
+    before, asked = set(kept(output)), len(served.asked)
+    assert 0 < len(before) < 360 and not list(output.glob("store/generate-*/manifest.json"))
+
+    served.asked.clear()
+    done = run_job("adapt", ["configs/cpu.yaml", *settings, "--until", "queries"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = replies(output)
+    failed = [row for row in rows if row["error"]]
+    assert len(rows) == len({row["query_id"] for row in rows}) == 360  # 60 passages x 6 kinds
+    assert Counter(row["kind"] for row in rows) == dict.fromkeys(KINDS, 60)
+    assert failed and all("HTTP 400" in row["error"] and row["text"] is None for row in failed)
+    answered = Counter(kept(output))
+    assert max(answered.values()) == 1 and len(answered) == 360 - len(failed)  # nothing was kept twice
+    assert len(served.asked) == 360 - len(before) < 360 and asked >= len(before)
+
+    facts, queries = manifest(output, "generate"), manifest(output, "queries")
+    assert facts["failed"] == len(failed) and facts["rows_this_run"] == 360 - len(before)
+    assert facts["tokens"]["out"] == 6 * (360 - len(before) - len(failed))
+    assert queries["train"] + sum(queries["rejected"].values()) == 360
+    assert queries["rejected"]["no_reply"] == len(failed) and queries["samples"]["no_reply"]
+
+    assert served.keys == {f"Bearer {KEY}"}
+    for path in [*output.rglob("*.*"), log]:
+        assert KEY.encode() not in path.read_bytes(), path
+    assert KEY not in done.stderr + done.stdout
+
+    served.asked.clear()  # more kinds and more passages: only what is new is asked
+    more = [*settings, "llm.passages=70", "llm.kinds={question: 2, title: 1}", "--until", "queries"]
+    assert run_job("adapt", ["configs/cpu.yaml", *more]).returncode == 0
+    asked_again = Counter(json.dumps([body["messages"], body["seed"]]) for body in served.asked)
+    assert max(asked_again.values()) == 1
+    new = 70 * 3 - 60 * 2  # ten new passages, and a second question for each of the sixty
+    assert new <= len(served.asked) <= new + len(failed)  # what had failed is asked once more
+
+
+def test_too_many_failures_are_an_error_and_lose_nothing(
+    server: tuple[Server, str], collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    served, url = server
+    served.bad = "e"  # every passage has one
+    settings = settings_of(
+        collection, student_folder, tmp_path / "out", engine="endpoint", url=url, model="writer", passages=5
+    )
+    done = run_job("adapt", ["configs/cpu.yaml", *settings])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "30 of 30 requests have no reply" in done.stderr and "content policy" in done.stderr
+    served.bad = ""
+    assert run_job("adapt", ["configs/cpu.yaml", *settings, "--until", "queries"]).returncode == 0
+
+
+# --- vLLM ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("vllm")
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    return make_llm(tmp_path_factory.mktemp("llm"))
+
+
+def prompt_lengths(llm: Path, output: Path) -> list[int]:
+    """Tokens of every prompt of a finished stage, by the tokenizer's own chat template."""
+    import pyarrow as pa
+    from transformers import AutoTokenizer
+
+    parts = sorted(output.glob("store/corpus-*/corpus-*.arrow"))
+    passages = [row for part in parts for row in pa.ipc.open_file(str(part)).read_all().to_pylist()]
+    chosen = {row["passage_id"] for row in replies(output)}
+    wanted = Wanted(dict.fromkeys(KINDS, 1), read_pool(None), None, LlmConfig().exemplar_sets, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    return [
+        len(tokenizer.apply_chat_template(r.messages, add_generation_prompt=True, return_dict=False))
+        for r in wanted.requests(
+            (row["passage_id"], f"{row['title']} {row['text']}")
+            for row in passages
+            if row["passage_id"] in chosen
+        )
+    ]
+
+
+@pytest.mark.vllm
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)
+def test_vllm_survives_kills_of_engine_and_job(
+    llm: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    """The job is killed after its first replies; in the second start the engine process is killed."""
+    output, log = tmp_path / "out", tmp_path / "log"
+    settings = [
+        *settings_of(collection, student_folder, output, model=llm, passages=90, max_tokens=24),
+        "llm.vllm={max_model_len: 4096, max_num_seqs: 32}", "--until", "queries",
+    ]  # fmt: skip
+    process = start(settings, log)
+    assert wait_until(lambda: len(kept(output)) > 0, process, log)
+    kill_tree(process)
+    before = set(kept(output))
+    assert 0 < len(before) < 540
+
+    process = start(settings, log)
+    assert wait_until(lambda: len(kept(output)) > len(before), process, log)
+    engines = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if "EngineCore" in " ".join([p.name(), *p.cmdline()])
+    ]
+    for engine in engines:
+        engine.send_signal(signal.SIGKILL)
+    wait_until(lambda: False, process, log)  # to its end
+
+    rows = replies(output)
+    assert len(rows) == len({row["query_id"] for row in rows}) == 540
+    assert not [row for row in rows if row["error"]]
+    assert max(Counter(kept(output)).values()) == 1 and len(kept(output)) == 540
+    assert sorted(row["tokens_in"] for row in rows) == sorted(prompt_lengths(llm, output))
+    facts, queries = manifest(output, "generate"), manifest(output, "queries")
+    assert facts["rows"] == 540 and facts["failed"] == 0
+    assert 0.3 < facts["prefix_cache_hit_rate"] < 1  # instruction and exemplars are shared
+    assert queries["train"] + sum(queries["rejected"].values()) == 540
+    assert engines and facts["rows_this_run"] == 540 - len(before)
+
+    again = run_job("adapt", ["configs/cpu.yaml", *settings])
+    assert again.returncode == 0 and "done already (generate-" in again.stderr
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_an_engine_that_dies_of_every_request_is_an_error(
+    llm: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    """Heads of 16 are too small for vLLM's CPU attention: it starts, and dies of the first prompt."""
+    settings = [
+        *settings_of(collection, student_folder, tmp_path / "out", passages=4),
+        f"llm.model={make_llm(tmp_path / 'deadly', hidden=64)}", "llm.vllm={max_model_len: 4096}",
+    ]  # fmt: skip
+    done = run_job("adapt", ["configs/cpu.yaml", *settings])
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "died without answering a request" in done.stderr.splitlines()[-1]
+
+
+def test_engines_that_the_cluster_cannot_hold_are_refused_at_once(
+    llm: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    settings = settings_of(collection, student_folder, tmp_path / "out", model=llm, replicas=30)
+    done = run_job("adapt", ["configs/cpu.yaml", *settings])
+    assert done.returncode == 2 and "llm.replicas=30" in done.stderr.splitlines()[-1]
+
+
+def test_a_dry_run_shows_prompts_and_counts_tokens(
+    llm: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    settings = settings_of(
+        collection, student_folder, tmp_path / "out", model=llm, passages=100, tokens_per_second=1000
+    )
+    done = run_job("adapt", ["configs/cpu.yaml", *settings, "--dry-run"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "600 LLM calls" in done.stdout and "GPU hours at 1,000 tokens/s" in done.stdout
+    assert all(f"a prompt of the kind {kind}" in done.stdout for kind in KINDS)
+    assert not (tmp_path / "out").exists()
