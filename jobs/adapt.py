@@ -41,6 +41,7 @@ def pipeline(context: Context, until: str | None) -> str | None:
     config = context.config
     datasets = config.corpora()
     sources = [open_source(dataset.path) for dataset in datasets]
+    say(f"student: {context.student.source}")  # found, or refused before any work
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"datasets: two corpora have the same name ({', '.join(sorted(names))})")

@@ -145,6 +145,7 @@ class Wanted:
     language: str | None
     sets: int | None
     seed: int
+    structured: bool = False
 
     def __post_init__(self) -> None:
         few_shot = "user_query_few_shot"
@@ -157,7 +158,7 @@ class Wanted:
         for passage_id, text in passages:
             for kind, count in self.kinds.items():
                 shown = self.pool.draw(kind, passage_id, seed=self.seed, sets=self.sets)
-                turns = messages(kind, text, shown, language=self.language)
+                turns = messages(kind, text, shown, language=self.language, structured=self.structured)
                 for number in range(count):
                     version = PROMPT_VERSION if number == 0 else f"{PROMPT_VERSION}.{number}"
                     query_id = query_id_of(passage_id, kind, version)
@@ -168,19 +169,27 @@ class Wanted:
 
 
 def messages(
-    kind: str, passage: str, exemplars: Sequence[tuple[str, str]], *, language: str | None
+    kind: str,
+    passage: str,
+    exemplars: Sequence[tuple[str, str]],
+    *,
+    language: str | None,
+    structured: bool = False,
 ) -> Messages:
     """The conversation whose next turn is the query. The passage is cut to 2,048 characters.
 
     language: of the query, as one would say it ("German") or as a code; None: the passage's own.
+    structured: the reply is to be JSON (``JSON_SCHEMA``), and the exemplars show it so.
     """
     wanted = f"in the language '{language}'" if language else "in the passage's language"
+    form = 'as JSON: {"query": "..."}' if structured else "as plain text on one line"
     instruction = (
         "You help to build a search engine. You will be given passages; for each, "
-        f"{_TASKS[kind]} Write it {wanted}. Reply with the {_NAMES[kind]} alone, as plain text on one line."
+        f"{_TASKS[kind]} Write it {wanted}. Reply with the {_NAMES[kind]} alone, {form}."
     )
     turns: Messages = []
-    for text, reply in exemplars:
+    for text, written in exemplars:
+        reply = json.dumps({"query": written}, ensure_ascii=False) if structured else written
         turns += [{"role": "user", "content": _ask(text)}, {"role": "assistant", "content": reply}]
     turns.append({"role": "user", "content": _ask(passage)})
     turns[0] = {"role": "user", "content": f"{instruction}\n\n{turns[0]['content']}"}

@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "retrieval_ray"
 BASE = {"schema", "errors"}
 MIDDLE = {
-    "generator",
     "student",
     "teacher",
     "step",

@@ -7,7 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from retrieval_ray.prompts import JSON_SCHEMA
-from retrieval_ray.replies import Drop, is_copied, parse, script_of, script_of_language
+from retrieval_ray.replies import Drop, is_copied, parse
+from retrieval_ray.scripts import script_of, script_of_language
 from retrieval_ray.words import surface_words
 
 ENGLISH = "Granite is a coarse igneous rock that forms when magma cools slowly below the surface."

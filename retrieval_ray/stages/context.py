@@ -1,5 +1,6 @@
 """What every stage of one run shares: the config, the store, the student, the numeric profile."""
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -28,10 +29,15 @@ class Context:
     config: Config
     store: Location
     profile: Profile
-    student: Model
+    chosen_student: Model | None = None  # None: the config's
     dry_run: bool = False
     planned: list[str] = field(default_factory=list)
     started: dict[str, float] = field(default_factory=dict)
+
+    @functools.cached_property
+    def student(self) -> Model:
+        """The student. Raises ``UserError`` where the config's is nowhere."""
+        return self.chosen_student or Model.of(self.config.student.model, "student.model")
 
     def start(self, stage: Stage, label: str) -> bool:
         """Whether this stage must be worked on. Says so when it is reused.
@@ -83,4 +89,4 @@ class Context:
 
     def with_student(self, student: Model) -> "Context":
         """The same run with another student (the adapted one, for evaluation)."""
-        return replace(self, student=student)
+        return replace(self, chosen_student=student)

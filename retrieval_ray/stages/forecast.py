@@ -4,9 +4,11 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from retrieval_ray.config import LlmConfig
+from retrieval_ray.config import DatasetConfig, LlmConfig
+from retrieval_ray.datasets import read_corpus
 from retrieval_ray.prompts import Request
 from retrieval_ray.sampling import sample
+from retrieval_ray.sources import open_source
 from retrieval_ray.stages.ask_vllm import Prompts, devices
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.generate import model_of, wanted_of
@@ -72,6 +74,26 @@ def of(context: Context, passages: list[tuple[str, str, str]], *, titles: bool) 
         f"{config.model} ({config.engine})", len(chosen), requests, tokens_in, counted, tokens_out,
         hours, source, examples,
     )  # fmt: skip
+
+
+def shown(context: Context, dataset: DatasetConfig, count: int) -> list[str]:
+    """The prompts of ``count`` of the sampled passages, as lines."""
+    table, _ = read_corpus(open_source(dataset.path))
+    columns = (table.column(name).to_pylist() for name in ("passage_id", "title", "text"))
+    passages = list(zip(*columns, strict=True))
+    config = context.config.llm
+    chosen = set(sample(passages, config.passages, way=config.sample, seed=context.config.seed))
+    texts = [
+        (key, passage_text(title, text, titles=dataset.titles))
+        for key, title, text in passages
+        if key in chosen
+    ]
+    lines = []
+    for passage in texts[:count]:
+        for request in wanted_of(context).requests([passage]):
+            lines.append(f"--- {request.kind} for '{request.passage_id}' ({request.query_id}):")
+            lines += [f"{turn['role']}: {turn['content']}" for turn in request.messages]
+    return lines
 
 
 def _tokens(config: LlmConfig, asked: list[Request]) -> tuple[list[float], str]:

@@ -107,7 +107,7 @@ def wanted_of(context: Context) -> Wanted:
     config = context.config.llm
     kinds = {kind: count for kind, count in (config.kinds or dict.fromkeys(KINDS, 1)).items() if count}
     pool = read_pool(config.exemplars, config.language)
-    return Wanted(kinds, pool, config.language, config.exemplar_sets, context.config.seed)
+    return Wanted(kinds, pool, config.language, config.exemplar_sets, context.config.seed, config.structured)
 
 
 def model_of(config: LlmConfig) -> Model:

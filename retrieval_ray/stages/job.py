@@ -18,7 +18,6 @@ from pyarrow.fs import FileType
 from retrieval_ray.artifacts import Location, digest
 from retrieval_ray.config import Config, load, to_dict
 from retrieval_ray.errors import UserError
-from retrieval_ray.model_files import Model
 from retrieval_ray.stages import cluster
 from retrieval_ray.stages.context import STAGES, Context
 from retrieval_ray.stages.profile import resolve
@@ -28,20 +27,25 @@ _USER_ERROR = re.compile(r"retrieval_ray\.errors\.UserError: (.+)")
 _NO_SPACE = "No space left on device"
 
 
-def main(work: Callable[[Context, str | None], str | None], description: str) -> None:
+def main(work: Callable[..., str | None], description: str, **numbers: str) -> None:
     """Parse ``CONFIG.yaml [key=value ...] [--dry-run] [--until STAGE]`` and run the work.
 
-    ``work(context, until)`` returns what is printed as the last line on standard output.
+    ``work(context, until)`` returns what is printed as the last line on standard output. numbers: further
+    options that take a number, by name, with a word of help; ``work`` gets them by name.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="a YAML file of differences from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--until", choices=STAGES, help="stop when this stage is done")
+    for name, text in numbers.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
     arguments = parser.parse_intermixed_args()
+    given = {name: getattr(arguments, name) for name in numbers}
     try:
         config = load(arguments.config, arguments.overrides)
-        last_line = work(open_run(config, dry_run=arguments.dry_run), arguments.until)
+        context = open_run(config, dry_run=arguments.dry_run or any(given.values()))
+        last_line = work(context, arguments.until, **given)
     except Exception as error:
         message = explain(error)
         if message is None:
@@ -53,7 +57,7 @@ def main(work: Callable[[Context, str | None], str | None], description: str) ->
 
 
 def open_run(config: Config, *, dry_run: bool) -> Context:
-    """The context of a run: its store, its student, and its numeric profile.
+    """The context of a run: its config, its store and its numeric profile.
 
     The profile is probed once and written to ``output_dir/run.json``; a resumed run reads it there.
     Raises ``UserError`` where the output folder holds another run's results, and where output or
@@ -74,14 +78,13 @@ def open_run(config: Config, *, dry_run: bool) -> Context:
         )
     if not known and finished:
         raise UserError(f"output_dir '{config.output_dir}' holds results of something else")
-    student = Model.of(config.student.model, "student.model")
     on_cluster = cluster.given() and not dry_run
     if on_cluster:
         cluster.join(config.compute)
     profile = resolve(config.compute, known.get("profile", {}), on_cluster=on_cluster)
     if not dry_run:
         record.write_json({"run": digest(identity), "config": identity, "profile": asdict(profile)})
-    return Context(config, store, profile, student, dry_run)
+    return Context(config, store, profile, dry_run=dry_run)
 
 
 def explain(error: BaseException) -> str | None:

@@ -185,6 +185,9 @@ def _read_replies(context: Context, corpus: Stage, generated: Stage) -> tuple[li
         if row["text"] is None:
             rejects.append((row["query_id"], "no_reply", row["error"] or ""))
             continue
+        if row["tokens_out"] >= config.llm.max_tokens and "\n" not in row["text"].strip():
+            rejects.append((row["query_id"], "cut_off", row["text"]))
+            continue
         query = parse(
             row["text"],
             texts[row["passage_id"]],

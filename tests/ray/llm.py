@@ -7,9 +7,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_ENGLISH = (
-    "the passage of a market and who sells silk in this village every year with words that are its own "
-)
+_ENGLISH = "the passage of a market and who sells silk in this village every year with words of its own "
 
 
 def make_llm(folder: Path, *, hidden: int = 128) -> Path:
