@@ -50,17 +50,23 @@ def read_corpus(source: Source) -> tuple[pa.Table, pa.Table]:
 
 
 def read_judged(
-    source: Source, split: str, passage_ids: set[str], *, max_queries: int | None = None
+    source: Source,
+    split: str,
+    passage_ids: set[str],
+    *,
+    max_queries: int | None = None,
+    relevance_threshold: int = 1,
 ) -> Judged:
     """The judged queries of a split, or of a share of one (``train:0.2``), chosen by hash of the id.
 
     Judgements that name unknown queries or passages are dropped with a warning that counts them and
-    names the first few. Raises ``UserError`` when none remain.
+    names the first few. Raises ``UserError`` when none remain, or none reaches ``relevance_threshold``.
     """
     name, share = split_spec(split)
     texts, rejects = _texts(source, name)
     judged: dict[str, dict[str, int]] = {}
     unknown: list[str] = []
+    twice: list[str] = []
     for where, query_id, passage_id, relevance in source.qrels(name):
         if not in_share(query_id, share):
             continue
@@ -69,7 +75,10 @@ def read_judged(
         elif passage_id not in passage_ids:
             unknown.append(f"passage '{passage_id}' ({where})")
         else:
-            judged.setdefault(query_id, {})[passage_id] = relevance
+            row = judged.setdefault(query_id, {})
+            if row.get(passage_id, relevance) != relevance:
+                twice.append(f"'{query_id}' and '{passage_id}' ({where})")
+            row[passage_id] = relevance
     warnings = []
     if unknown:
         warnings.append(
@@ -77,11 +86,27 @@ def read_judged(
             + ", ".join(unknown[:3])
             + (", ..." if len(unknown) > 3 else "")
         )
+    if twice:
+        warnings.append(
+            f"split '{split}': {len(twice)} pairs are judged twice and differently; the last judgement "
+            f"counts: {', '.join(twice[:3])}" + (", ..." if len(twice) > 3 else "")
+        )
     with_relevant = {q for q, row in judged.items() if max(row.values()) > 0}
+    if len(with_relevant) < len(judged):
+        left_out = sorted(judged.keys() - with_relevant)
+        warnings.append(
+            f"split '{split}': {len(left_out)} queries have no passage judged more than 0 and are "
+            f"left out: {', '.join(left_out[:3])}" + (", ..." if len(left_out) > 3 else "")
+        )
     if not with_relevant:
         raise UserError(
             f"dataset '{source.name}', split '{split}': no query with a relevant passage of this "
             "corpus remains" + (f". {warnings[0]}" if warnings else "")
+        )
+    if all(max(judged[q].values()) < relevance_threshold for q in with_relevant):
+        raise UserError(
+            f"dataset '{source.name}', split '{split}': no judgement reaches "
+            f"dataset.relevance_threshold={relevance_threshold}; lower it"
         )
     chosen = sorted(with_relevant)
     if max_queries is not None and len(chosen) > max_queries:
@@ -171,7 +196,7 @@ def _texts(source: Source, split: str) -> tuple[dict[str, str], pa.Table]:
 
 
 def _check_id(where: str, key: str, earlier: dict[str, Any]) -> None:
-    if not key:
+    if not key.strip():
         raise UserError(f"{where}: empty id")
     if key in earlier:
         raise UserError(f"{where}: id '{key}' stands already at {earlier[key][0]}")

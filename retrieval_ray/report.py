@@ -191,6 +191,9 @@ def _per_query(ax: Axes, facts: Facts) -> None:
     ax.stairs(np.minimum(change, 0), fill=True, color=_WORSE, label=f"{worse} worse")
     ax.axhline(0, color=_QUIET, linewidth=1, label=f"{len(change) - better - worse} equal")
     ax.set_xlim(0, len(change))
+    if not (better or worse):
+        ax.set_ylim(-1, 1)
+        ax.text(len(change) / 2, 0.1, "no query changed", ha="center", color=_QUIET)
     ax.grid(axis="y")
     ax.set_title(f"Change of nDCG@10 per query, base to {after}")
     ax.set_xlabel("judged queries, sorted by their change")
@@ -206,11 +209,10 @@ def _funnel(ax: Axes, facts: Facts) -> None:
     for reason, count in sorted(rejected.items(), key=lambda item: -item[1]):
         left -= count
         steps.append((f"dropped: {reason.replace('_', ' ')}", left, count, _WORSE))
-    steps += [
-        ("kept", 0, kept, "#5aa469"),
-        ("of these trained on", 0, train, "#1f6feb"),
-        ("of these held out", train, dev, "#d4881c"),
-    ]
+    steps.append(("kept", 0, kept, "#5aa469"))
+    if facts.metrics["training"] is not None:
+        steps.append(("of these trained on", 0, train, "#1f6feb"))
+        steps.append(("of these held out", train, dev, "#d4881c"))
     names, lefts, counts, colours = zip(*reversed(steps), strict=True)
     bars = ax.barh(names, counts, left=lefts, color=colours, height=0.7)
     ax.bar_label(bars, [f"{count:,}" for count in counts], padding=4)

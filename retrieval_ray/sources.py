@@ -188,9 +188,14 @@ def _tsv_qrels(path: Path) -> Iterator[Judgement]:
             try:
                 query_id, passage_id, relevance = row
                 line.encode()
-                yield where, query_id, passage_id, int(float(relevance))
+                score = float(relevance)
+                if not score.is_integer():
+                    raise ValueError(relevance)
+                yield where, query_id, passage_id, int(score)
             except (ValueError, OverflowError) as error:
-                raise UserError(f"{where}: needs query-id, corpus-id and a score, tab-separated") from error
+                raise UserError(
+                    f"{where}: needs query-id, corpus-id and a whole number as score, tab-separated"
+                ) from error
 
 
 def _demo() -> Source:

@@ -83,7 +83,7 @@ class Context:
     def worker_resources(self) -> dict[str, float]:
         """Ray resources of one worker."""
         gpus = self.config.compute.gpus_per_worker
-        if gpus is None or self.profile.device == "cpu":
+        if gpus is None:
             gpus = 1.0 if self.profile.device == "cuda" else 0.0
         return {"num_cpus": self.config.compute.cpus_per_worker, "num_gpus": gpus}
 

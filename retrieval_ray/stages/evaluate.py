@@ -1,6 +1,7 @@
 """The evaluate stage: every system's ranking of the judged test queries, measured per query."""
 
 from collections.abc import Mapping
+from urllib.parse import quote
 
 import pyarrow as pa
 
@@ -78,11 +79,19 @@ def values_of(evaluated: Stage) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def trec_lines(evaluated: Stage, system: str, tag: str) -> str:
-    """A system's run in TREC format: ``qid Q0 docid rank score tag``."""
+    """A system's run in TREC format: ``qid Q0 docid rank score tag``.
+
+    The format parts its fields at white space, so that of an id is percent-encoded.
+    """
     rows = evaluated.read(f"run-{system}.parquet").to_pylist()
     return "".join(
-        f"{r['query_id']} Q0 {r['passage_id']} {r['rank']} {r['score']:.10g} {tag}\n" for r in rows
+        f"{_unspaced(r['query_id'])} Q0 {_unspaced(r['passage_id'])} {r['rank']} {r['score']:.10g} {tag}\n"
+        for r in rows
     )
+
+
+def _unspaced(key: str) -> str:
+    return "".join(quote(c) if c.isspace() else c for c in key)
 
 
 def _teacher_run(

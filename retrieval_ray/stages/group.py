@@ -79,8 +79,8 @@ def may_train(context: Context, grouped: Grouped) -> bool:
         say(f"  '{name}': the teacher gate did not pass; training all the same (teacher.gate=false)")
         return True
     say(
-        f"  '{name}': the teacher does not beat the student on the judged dev queries. "
-        "Training would teach its mistakes, so it is skipped and the base model is kept"
+        f"  '{name}': the teacher is not proven better than the student on the judged dev queries. "
+        "Training might teach its mistakes, so it is skipped and the base model is kept"
     )
     return False
 

@@ -60,8 +60,15 @@ def _collect(
 ) -> Stage:
     config = context.config.queries
     passage_ids = set(corpus_table(corpus).column("passage_id").to_pylist())
-    test = read_judged(source, dataset.split, passage_ids, max_queries=dataset.max_queries)
-    dev = read_judged(source, dataset.dev_split, passage_ids) if dataset.dev_split else None
+    least = dataset.relevance_threshold
+    test = read_judged(
+        source, dataset.split, passage_ids, max_queries=dataset.max_queries, relevance_threshold=least
+    )
+    dev = (
+        read_judged(source, dataset.dev_split, passage_ids, relevance_threshold=least)
+        if dataset.dev_split
+        else None
+    )
     overlap = test.texts.keys() & (dev.texts.keys() if dev else set())
     if overlap:
         raise UserError(
@@ -237,7 +244,9 @@ def _write(
     for split, found in judged.items():
         target.write(f"qrels-{split}.parquet", found.qrels)
         names.append(f"qrels-{split}.parquet")
-        rejects = pa.concat_tables([rejects, found.rejects])
+        known = set(zip(*(rejects.column(c).to_pylist() for c in ("id", "reason")), strict=True))
+        new = [(row["id"], row["reason"]) not in known for row in found.rejects.to_pylist()]
+        rejects = pa.concat_tables([rejects, found.rejects.filter(pa.array(new, pa.bool_()))])
     target.write("rejects.parquet", rejects)
     context.finish(
         target,

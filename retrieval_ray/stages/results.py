@@ -10,6 +10,7 @@ from rich.table import Table
 
 from retrieval_ray import report
 from retrieval_ray.artifacts import Location, Stage
+from retrieval_ray.gate import FOLDS
 from retrieval_ray.metrics import METRICS, NO_DIFFERENCE, Difference, holm, mean, paired_difference
 from retrieval_ray.model_card import model_card
 from retrieval_ray.stages.collection import Grouped, Ranked
@@ -42,6 +43,7 @@ class Outcome:
 def write(context: Context, outcomes: list[Outcome], trained: Stage | None) -> Location:
     """Write everything; returns where metrics.json lies."""
     output = Location.of(context.config.output_dir)
+    (output / "metrics.json").remove()  # it is written last: until then nothing here counts as finished
     adapted = trained is not None and int(trained.manifest()["epoch"]) > 0
     documents = [_metrics(context, outcome, trained, adapted) for outcome in outcomes]
     document = dict(documents[0])
@@ -189,8 +191,13 @@ def _show(documents: list[dict[str, Any]]) -> None:
 def why_base(document: dict[str, Any]) -> str:
     """Why a run ended with the base model."""
     if document["training"] is None:
+        found, d = document["gate"], document["gate"]["difference"]
+        few = (
+            f"; {found['queries']} are too few to fit and try its weights" if found["queries"] < FOLDS else ""
+        )
         return (
-            "The teacher is not better than the student on the judged dev queries, so nothing was "
+            f"The teacher is not proven better than the student on {found['queries']} judged dev queries "
+            f"({d['mean']:+.4f}, 95 % interval {d['low']:+.4f} to {d['high']:+.4f}{few}), so nothing was "
             "trained (teacher.gate=false trains all the same)."
         )
     return "No trained epoch was better than the untouched model on the dev queries."
