@@ -18,6 +18,7 @@ from retrieval_ray.stages import (
     group,
     ingest,
     job,
+    negatives,
     plan,
     queries,
     results,
@@ -74,6 +75,9 @@ def pipeline(context: Context, until: str | None) -> str | None:
     if until == "score":
         return None
     grouped = [group.run(context, each) for each in judged]
+    if config.queries.negatives:
+        for each in grouped:
+            negatives.run(context, each)
     if until == "groups":
         return None
     proven = [each for each in grouped if group.may_train(context, each)]

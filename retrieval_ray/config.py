@@ -79,6 +79,7 @@ class QueriesConfig:
     extractive_per_passage: int = 3  # title, salient span, key terms, in this order
     extractive_max: int = 2_000
     max_words: int = 64
+    negatives: bool = False  # a query for each negative of the lists, for the contrastive learning penalty
 
 
 @dataclass

@@ -9,10 +9,11 @@ in the queries stage, so another rule for dropping them costs no call.
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from retrieval_ray import schema
-from retrieval_ray.artifacts import Stage, bucket_of, digest, part_name, stage
+from retrieval_ray.artifacts import Stage, digest, part_name, stage
 from retrieval_ray.config import LlmConfig
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model, by_revision
@@ -23,7 +24,8 @@ from retrieval_ray.sources import Source
 from retrieval_ray.stages import ask_endpoint, ask_vllm, cluster
 from retrieval_ray.stages.asking import Asking, Block
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.ingest import corpus_table, duplicates, passage_text
+from retrieval_ray.stages.encode import part_texts
+from retrieval_ray.stages.ingest import corpus_table, duplicates
 from retrieval_ray.stages.parts import run_parts
 
 VERSION = 1
@@ -41,18 +43,42 @@ def run(context: Context, source: Source, corpus: Stage) -> Stage | None:
     """Have the LLM write queries for a sample of a corpus's passages, where it is among the sources."""
     if "llm" not in (context.config.queries.sources or []):
         return None
-    config, name = context.config.llm, source.name
+    config = context.config.llm
+    chosen = {"sample": [config.passages, config.sample], "seed": context.config.seed}
+    return write(context, source.name, corpus, wanted_of(context), chosen, lambda: _sampled(context, corpus))
+
+
+def run_for(context: Context, name: str, corpus: Stage, passages: set[str], kind: str) -> Stage:
+    """Have the LLM write one query of a kind for each of these passages."""
+    wanted = replace(wanted_of(context), kinds={kind: 1})
+    chosen = {"passages": digest(sorted(passages))}
+    return write(context, name, corpus, wanted, chosen, lambda: _by_part(corpus, passages))
+
+
+def write(
+    context: Context,
+    name: str,
+    corpus: Stage,
+    wanted: Wanted,
+    chosen: dict[str, Any],
+    passages: Callable[[], list[Block]],
+) -> Stage:
+    """Ask for all that is wanted of some passages of a corpus, and keep the replies.
+
+    passages: gives them by part of the corpus; chosen: what decides which they are.
+    """
+    config = context.config.llm
     model = model_of(config)
-    wanted = wanted_of(context)
+    generator_id = generator(config, model)
     identity = {
         "version": VERSION,
         "corpus": corpus.content(),
         "titles": corpus.identity["titles"],
-        "generator": generator(config, model),
+        "generator": generator_id,
         "prompts": [PROMPT_VERSION, wanted.pool.sha, wanted.sets, wanted.language],
         "kinds": dict(wanted.kinds),
-        "sample": [config.passages, config.sample],
-        "seed": context.config.seed,
+        "seed": wanted.seed,
+        **chosen,
     }
     target = stage(context.store, "generate", identity)
     label = f"queries for '{name}' by {config.model}"
@@ -60,16 +86,14 @@ def run(context: Context, source: Source, corpus: Stage) -> Stage | None:
         return target
     cluster.join(context.config.compute)
     buckets = int(corpus.manifest()["buckets"])
-    generator_id = digest(identity["generator"])
-    asking = Asking(corpus, target, context.store, generator_id, wanted, buckets)
-    parts = _sampled(context, corpus)
+    asking = Asking(corpus, target, context.store, digest(generator_id), wanted, buckets)
+    parts = passages()
     names = [part_name("replies", number, "parquet") for number in range(buckets)]
     missing = set(target.missing(names))
     todo = [part for part in parts if names[part["number"]] in missing]
     asking.forget_failures()
-    facts = ENGINES[config.engine](context, asking, model, todo, label)
-    passages = sum(len(part["passages"]) for part in parts)
-    requests = sum(wanted.kinds.values()) * passages
+    facts = _ask(context, asking, model, todo, label)
+    requests = sum(wanted.kinds.values()) * sum(len(part["passages"]) for part in parts)
     errors = Counter(asking.failures().values())
     _refuse_failures(config, errors, requests)
     run_parts(context, f"{label}: parts", _Writer, {"asking": asking}, todo, gpus=False)
@@ -79,7 +103,7 @@ def run(context: Context, source: Source, corpus: Stage) -> Stage | None:
         names,
         rows=requests,
         worked=facts["asked"],
-        passages=passages,
+        passages=sum(len(part["passages"]) for part in parts),
         replicas=config.replicas or context.config.compute.workers,
         failed=sum(errors.values()),
         errors=dict(errors.most_common(10)),
@@ -93,6 +117,16 @@ def run(context: Context, source: Source, corpus: Stage) -> Stage | None:
     )
     asking.forget_failures()
     return target
+
+
+def _ask(context: Context, asking: Asking, model: Model, parts: list[Block], label: str) -> dict[str, Any]:
+    """Put what has no reply yet to the engine; where all has one, no engine is started."""
+    counted = run_parts(context, f"{label}: what is open", _Counter, {"asking": asking}, parts, gpus=False)
+    waiting = {count["number"] for count in counted if count["open"]}
+    todo = [part for part in parts if part["number"] in waiting]
+    if not todo:
+        return {"asked": 0, "tokens_in": 0, "tokens_out": 0, "seconds": 0.0}
+    return ENGINES[context.config.llm.engine](context, asking, model, todo, label)
 
 
 def replies_of(generated: Stage) -> list[dict[str, Any]]:
@@ -136,18 +170,22 @@ def generator(config: LlmConfig, model: Model) -> dict[str, Any]:
 
 
 def _sampled(context: Context, corpus: Stage) -> list[Block]:
-    """The passages to write for, near-duplicates left out, by part of the corpus; also the empty parts."""
-    config, buckets = context.config.llm, int(corpus.manifest()["buckets"])
-    titles, left_out = bool(corpus.identity["titles"]), duplicates(corpus)
+    """The passages to write for, near-duplicates left out."""
+    config, left_out = context.config.llm, duplicates(corpus)
     table = corpus_table(corpus)
     columns = (table.column(name).to_pylist() for name in ("passage_id", "title", "text"))
     usable = [row for row in zip(*columns, strict=True) if row[0] not in left_out]
-    chosen = set(sample(usable, config.passages, way=config.sample, seed=context.config.seed))
-    by_part: dict[int, list[str]] = {number: [] for number in range(buckets)}
-    for passage_id, title, text in usable:
-        if passage_id in chosen:
-            by_part[bucket_of(passage_text(title, text, titles=titles), buckets)].append(passage_id)
-    return [{"number": number, "passages": sorted(ids)} for number, ids in by_part.items()]
+    chosen = sample(usable, config.passages, way=config.sample, seed=context.config.seed)
+    return _by_part(corpus, set(chosen))
+
+
+def _by_part(corpus: Stage, passages: set[str]) -> list[Block]:
+    """These passages by part of the corpus; also the parts that hold none of them."""
+    found = []
+    for number in range(int(corpus.manifest()["buckets"])):
+        ids, _ = part_texts(corpus, number, "passage")
+        found.append({"number": number, "passages": sorted(passages.intersection(ids))})
+    return found
 
 
 def _refuse_failures(config: LlmConfig, errors: Counter[str], requests: int) -> None:
@@ -161,6 +199,16 @@ def _refuse_failures(config: LlmConfig, errors: Counter[str], requests: int) -> 
         )
     if failed:
         say(f"  warning: {failed} of {requests} requests have no reply; they stand in rejects")
+
+
+class _Counter:
+    """Counts the requests of a part that have no reply yet."""
+
+    def __init__(self, asking: Asking) -> None:
+        self.asking = asking
+
+    def run(self, part: dict[str, Any]) -> dict[str, Any]:
+        return {"number": part["number"], "open": len(self.asking.open(part))}
 
 
 class _Writer:

@@ -88,7 +88,7 @@ def _collect(
         "log": digest(log),
         "sources": sources,
         "extractive": [EXTRACTIVE_VERSION, config.extractive_per_passage, config.extractive_max],
-        "llm": _reading(context, generated),
+        "llm": reading(context, generated),
         "max": [config.max_queries, config.max_words],
         "seed": context.config.seed,
     }
@@ -98,15 +98,15 @@ def _collect(
 
     rows: list[Row] = []
     if "log" in sources:
-        rows += [_row(key, text, "log", "train", None, "log") for key, text in log.items()]
+        rows += [query_row(key, text, "log", "train", None, "log") for key, text in log.items()]
     if "extractive" in sources:
         rows += [
-            _row(w.query_id, w.text, w.kind, "train", w.passage_id, EXTRACTIVE_VERSION)
+            query_row(w.query_id, w.text, w.kind, "train", w.passage_id, EXTRACTIVE_VERSION)
             for w in _extracted(config, corpus, context.config.seed)
         ]
     rejects: list[Reject] = []
     if generated is not None:
-        read, rejects = _read_replies(context, corpus, generated)
+        read, rejects = read_replies(context, corpus, generated)
         rows += read
     rejects += query_rejects(
         ((str(row["query_id"]), str(row["text"])) for row in rows),
@@ -128,7 +128,7 @@ def _collect(
         )
     train_rows = len(rows)
     for name, split in judged.items():
-        rows += [_row(key, text, "judged", name, None, "human") for key, text in split.texts.items()]
+        rows += [query_row(key, text, "judged", name, None, "human") for key, text in split.texts.items()]
     _write(context, target, rows, judged, rejects_table("queries", rejects), train_rows)
     return target
 
@@ -175,7 +175,7 @@ def _extracted(config: QueriesConfig, corpus: Stage, seed: int) -> list[Written]
     return list(extractive(usable, frequencies, total, kinds=kinds))[: config.extractive_max]
 
 
-def _reading(context: Context, generated: Stage | None) -> list[object] | None:
+def reading(context: Context, generated: Stage | None) -> list[object] | None:
     """What decides which queries are read out of an LLM's replies."""
     if generated is None:
         return None
@@ -183,7 +183,7 @@ def _reading(context: Context, generated: Stage | None) -> list[object] | None:
     return [generated.content(), REPLIES_VERSION, llm.language, llm.max_copied]
 
 
-def _read_replies(context: Context, corpus: Stage, generated: Stage) -> tuple[list[Row], list[Reject]]:
+def read_replies(context: Context, corpus: Stage, generated: Stage) -> tuple[list[Row], list[Reject]]:
     """The queries in an LLM's replies, and the replies that hold none, with the reason."""
     config, texts = context.config, texts_by_id(corpus)
     rows: list[Row] = []
@@ -204,13 +204,13 @@ def _read_replies(context: Context, corpus: Stage, generated: Stage) -> tuple[li
         )
         if isinstance(query, str):
             writer = f"llm:{config.llm.model}"
-            rows.append(_row(row["query_id"], query, row["kind"], "train", row["passage_id"], writer))
+            rows.append(query_row(row["query_id"], query, row["kind"], "train", row["passage_id"], writer))
         else:
             rejects.append((row["query_id"], *query))
     return rows, rejects
 
 
-def _row(query_id: str, text: str, kind: str, split: str, passage_id: str | None, generator: str) -> Row:
+def query_row(query_id: str, text: str, kind: str, split: str, passage_id: str | None, generator: str) -> Row:
     return {
         "query_id": query_id,
         "text": text,

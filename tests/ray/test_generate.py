@@ -5,8 +5,12 @@ import json
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,16 +66,44 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
-        self.refuse = 0.0  # the share of requests that are told to come again
+        self.faults = 0.0  # the share of requests that meet one
         self.bad = ""  # requests whose messages hold this are refused for good
         self.delay = 0.0
+        self.now = self.peak = 0  # requests in flight
 
-    async def answer(self, request: web.Request) -> web.Response:
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.now += 1
+        self.peak = max(self.peak, self.now)
+        try:
+            return await self._answer(request)
+        finally:
+            self.now -= 1
+
+    async def _fault(self, request: web.Request) -> web.StreamResponse:
+        match random.randrange(5):
+            case 0:
+                return web.Response(status=429, text="slow down", headers={"Retry-After": "0.1"})
+            case 1:
+                return web.Response(status=500, text="oh no")
+            case 2:
+                return web.Response(text="<html>garbage</html>")
+            case 3:  # half a reply, and the connection is gone
+                half = web.StreamResponse(headers={"Content-Length": "500"})
+                await half.prepare(request)
+                await half.write(b'{"choices": [{"mess')
+                assert request.transport
+                request.transport.close()
+                return half
+            case _:  # nothing, until the client gives up
+                await asyncio.sleep(3)
+                return web.Response(status=500)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.keys.add(request.headers.get("Authorization"))
         await asyncio.sleep(self.delay)
-        if random.random() < self.refuse:
-            return web.Response(status=503, text="busy")
+        if random.random() < self.faults:
+            return await self._fault(request)
         self.asked.append(body)
         passage = body["messages"][-1]["content"].rpartition("Passage: ")[2]
         if self.bad and self.bad in passage:
@@ -118,11 +150,12 @@ def test_an_endpoint_is_asked_once_for_every_request(
 ) -> None:
     """Refusals are tried again, a kill loses nothing that was kept, the key is nowhere, drops are counted."""
     served, url = server
-    served.refuse, served.delay, served.bad = 0.2, 0.05, "potters"
+    served.faults, served.delay, served.bad = 0.2, 0.05, "potters"
     output = tmp_path / "out"
     settings = settings_of(
         collection, student_folder, output,
-        engine="endpoint", url=url, model="writer", passages=60, concurrency=8, max_failed=0.5,
+        engine="endpoint", url=url, model="writer", passages=170, concurrency=8, max_failed=0.5,
+        timeout_seconds=1.5,
     )  # fmt: skip
 
     log = tmp_path / "log"
@@ -130,37 +163,39 @@ def test_an_endpoint_is_asked_once_for_every_request(
     assert wait_until(lambda: len(kept(output)) > 0, process, log)
     kill_tree(process)
     before, asked = set(kept(output)), len(served.asked)
-    assert 0 < len(before) < 360 and not list(output.glob("store/generate-*/manifest.json"))
+    assert 0 < len(before) < 1020 and not list(output.glob("store/generate-*/manifest.json"))
 
     served.asked.clear()
     done = run_job("adapt", ["configs/cpu.yaml", *settings, "--until", "queries"])
     assert done.returncode == 0, done.stderr[-3000:]
     rows = replies(output)
     failed = [row for row in rows if row["error"]]
-    assert len(rows) == len({row["query_id"] for row in rows}) == 360  # 60 passages x 6 kinds
-    assert Counter(row["kind"] for row in rows) == dict.fromkeys(KINDS, 60)
+    assert len(rows) == len({row["query_id"] for row in rows}) == 1020  # 170 passages x 6 kinds
+    assert Counter(row["kind"] for row in rows) == dict.fromkeys(KINDS, 170)
     assert failed and all("HTTP 400" in row["error"] and row["text"] is None for row in failed)
     answered = Counter(kept(output))
-    assert max(answered.values()) == 1 and len(answered) == 360 - len(failed)  # nothing was kept twice
-    assert len(served.asked) == 360 - len(before) < 360 and asked >= len(before)
+    assert max(answered.values()) == 1 and len(answered) == 1020 - len(failed)  # nothing was kept twice
+    assert len(served.asked) == 1020 - len(before) < 1020 and asked >= len(before)
 
     facts, queries = manifest(output, "generate"), manifest(output, "queries")
-    assert facts["failed"] == len(failed) and facts["rows_this_run"] == 360 - len(before)
-    assert facts["tokens"]["out"] == 6 * (360 - len(before) - len(failed))
-    assert queries["train"] + sum(queries["rejected"].values()) == 360
+    assert facts["failed"] == len(failed) and facts["rows_this_run"] == 1020 - len(before)
+    assert facts["tokens"]["out"] == 6 * (1020 - len(before) - len(failed))
+    assert queries["train"] + sum(queries["rejected"].values()) == 1020
     assert queries["rejected"]["no_reply"] == len(failed) and queries["samples"]["no_reply"]
 
+    assert served.peak == 8
     assert served.keys == {f"Bearer {KEY}"}
     for path in [*output.rglob("*.*"), log]:
         assert KEY.encode() not in path.read_bytes(), path
     assert KEY not in done.stderr + done.stdout
 
-    served.asked.clear()  # more kinds and more passages: only what is new is asked
-    more = [*settings, "llm.passages=70", "llm.kinds={question: 2, title: 1}", "--until", "queries"]
+    served.asked.clear()
+    served.faults = 0.0  # more kinds and more passages: only what is new is asked
+    more = [*settings, "llm.passages=180", "llm.kinds={question: 2, title: 1}", "--until", "queries"]
     assert run_job("adapt", ["configs/cpu.yaml", *more]).returncode == 0
     asked_again = Counter(json.dumps([body["messages"], body["seed"]]) for body in served.asked)
     assert max(asked_again.values()) == 1
-    new = 70 * 3 - 60 * 2  # ten new passages, and a second question for each of the sixty
+    new = 180 * 3 - 170 * 2  # ten new passages, and a second question for each of the others
     assert new <= len(served.asked) <= new + len(failed)  # what had failed is asked once more
 
 
@@ -177,6 +212,34 @@ def test_too_many_failures_are_an_error_and_lose_nothing(
     assert "30 of 30 requests have no reply" in done.stderr and "content policy" in done.stderr
     served.bad = ""
     assert run_job("adapt", ["configs/cpu.yaml", *settings, "--until", "queries"]).returncode == 0
+
+
+def test_every_negative_gets_a_query_and_those_that_are_there_are_taken(
+    server: tuple[Server, str], collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    served, url = server
+    output = tmp_path / "out"
+    settings = [
+        *settings_of(
+            collection, student_folder, output,
+            engine="endpoint", url=url, model="writer", passages=100, kinds="{question: 1}",
+        ),
+        "queries.sources=[log,llm]", "queries.negatives=true", "groups.require_first=false", "--until", "groups",
+    ]  # fmt: skip
+    done = run_job("adapt", ["configs/cpu.yaml", *settings])
+    assert done.returncode == 0, done.stderr[-3000:]
+    (groups,) = output.glob("store/groups-*/groups.parquet")
+    lists = pq.read_table(groups).column("passage_ids").to_pylist()
+    negatives = {passage for row in lists for passage in row[1:]}
+    (found,) = output.glob("store/negatives-*/queries.parquet")
+    rows = pq.read_table(found).to_pylist()
+    assert {row["passage_id"] for row in rows} == negatives and len(rows) == len(negatives)
+    assert all(row["text"].strip() and row["split"] == "negative" for row in rows)
+    facts = manifest(output, "negatives")
+    assert 0 < facts["reused"] < len(negatives) and facts["without"] == 0
+    asked = Counter(body["messages"][-1]["content"] for body in served.asked)
+    assert max(asked.values()) == 1  # no passage was asked for twice
+    assert len(served.asked) == 100 + len(negatives) - facts["reused"]
 
 
 # --- vLLM ----------------------------------------------------------------------------------------
@@ -250,6 +313,56 @@ def test_vllm_survives_kills_of_engine_and_job(
 
     again = run_job("adapt", ["configs/cpu.yaml", *settings])
     assert again.returncode == 0 and "done already (generate-" in again.stderr
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+def test_vllms_own_server_is_driven_with_a_thousand_prompts(
+    llm: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pool = tmp_path / "pool.jsonl"
+    rows = [{"passage": f"{word} is sold here", "question": f"who sells {word}"} for word in ("tea", "ink")]
+    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(llm)]
+    command += [
+        "--served-model-name",
+        "tiny",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+    ]
+    command += ["--enforce-eager", "--max-model-len", "2048"]
+    log = (tmp_path / "server.log").open("ab")
+    serving = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(300):
+            assert serving.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        output = tmp_path / "out"
+        settings = settings_of(
+            collection, student_folder, output, engine="endpoint", url=f"http://127.0.0.1:{port}/v1",
+            model="tiny", passages=500, kinds="{question: 2}", max_tokens=8, concurrency=32, exemplars=pool,
+        )  # fmt: skip
+        done = run_job("generate", ["configs/cpu.yaml", *settings, "--until", "generate"])
+        assert done.returncode == 0, done.stderr[-3000:]
+    finally:
+        kill_tree(serving)
+    written = replies(output)
+    assert len(written) == len({row["query_id"] for row in written}) == 1000
+    assert (
+        not [row for row in written if row["error"]] and len(set(kept(output))) == len(kept(output)) == 1000
+    )
+    assert manifest(output, "generate")["tokens"]["in"] == sum(row["tokens_in"] for row in written) > 50_000
 
 
 @pytest.mark.vllm

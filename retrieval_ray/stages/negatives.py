@@ -1,0 +1,90 @@
+"""The negatives stage: for every negative of the training lists, a query that it answers.
+
+The contrastive learning penalty (arXiv 2412.17364) holds a negative near its own query. Queries that
+were written for the passage already are taken; only for the others is one written, by the LLM where it is
+among the sources, and by extraction where it is not or gave none.
+"""
+
+from retrieval_ray import schema
+from retrieval_ray.artifacts import Stage, stage
+from retrieval_ray.datasets import rejects_table
+from retrieval_ray.filters import Reject
+from retrieval_ray.generator import EXTRACTIVE_VERSION, document_frequencies, extractive
+from retrieval_ray.progress import say
+from retrieval_ray.prompts import KINDS
+from retrieval_ray.stages import generate
+from retrieval_ray.stages.collection import Grouped
+from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.ingest import corpus_table
+from retrieval_ray.stages.queries import queries_table, query_row, read_replies, reading
+
+VERSION = 1
+KIND = "question"  # of what is written anew
+_ORDER = {kind: at for at, kind in enumerate((*KINDS, "title", "span", "keywords"))}
+
+
+def run(context: Context, grouped: Grouped) -> Stage:
+    """One query for every passage that stands as a negative, as a queries table of split ``negative``."""
+    lists = grouped.groups.read("groups.parquet", ["passage_ids"]).column("passage_ids").to_pylist()
+    negatives = {passage for row in lists for passage in row[1:]}
+    own = _written(grouped)
+    missing = negatives - own.keys()
+    by_llm = "llm" in (context.config.queries.sources or [])
+    replies = None
+    if by_llm and missing:
+        replies = generate.run_for(context, f"negatives of {grouped.name}", grouped.corpus, missing, KIND)
+    identity = {
+        "version": VERSION,
+        "groups": grouped.groups.content(),
+        "queries": grouped.queries.content(),
+        "replies": reading(context, replies),
+        "extractive": EXTRACTIVE_VERSION,
+    }
+    target = stage(context.store, "negatives", identity)
+    if not context.start(target, f"queries for {len(negatives):,} negatives of '{grouped.name}'"):
+        return target
+    rows = {passage: own[passage] for passage in negatives & own.keys()}
+    rejects: list[Reject] = []
+    if replies is not None:
+        read, rejects = read_replies(context, grouped.corpus, replies)
+        rows |= {str(row["passage_id"]): row for row in read}
+    rows |= _extracted(grouped.corpus, negatives - rows.keys())
+    for passage in sorted(negatives - rows.keys()):
+        rejects.append((passage, "no_query", "no query could be written for this passage"))
+    table = [{**row, "split": "negative"} for _, row in sorted(rows.items())]
+    target.write("queries.parquet", schema.from_rows("queries", table))
+    target.write("rejects.parquet", rejects_table("negatives", rejects))
+    say(f"  {len(negatives) - len(missing):,} had a query already, {len(missing):,} had none")
+    context.finish(
+        target,
+        ["queries.parquet", "rejects.parquet"],
+        rows=len(table),
+        reused=len(negatives) - len(missing),
+        without=len(negatives - rows.keys()),
+    )
+    return target
+
+
+def _written(grouped: Grouped) -> dict[str, dict[str, object]]:
+    """The first query, in the order of kinds, that was written for each passage."""
+    rows = [row for row in queries_table(grouped.queries).to_pylist() if row["passage_id"]]
+    rows.sort(key=lambda row: (_ORDER.get(row["kind"], len(_ORDER)), row["query_id"]))
+    found: dict[str, dict[str, object]] = {}
+    for row in rows:
+        found.setdefault(row["passage_id"], row)
+    return found
+
+
+def _extracted(corpus: Stage, passages: set[str]) -> dict[str, dict[str, object]]:
+    table = corpus_table(corpus)
+    columns = (table.column(name).to_pylist() for name in ("passage_id", "title", "text"))
+    every = sorted(zip(*columns, strict=True))
+    frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in every)
+    found: dict[str, dict[str, object]] = {}
+    for kind in ("span", "title", "keywords"):  # the most like a query first
+        left = [passage for passage in every if passage[0] in passages - found.keys()]
+        for w in extractive(left, frequencies, total, kinds=[kind]):
+            found[w.passage_id] = query_row(
+                w.query_id, w.text, w.kind, "negative", w.passage_id, EXTRACTIVE_VERSION
+            )
+    return found
