@@ -97,6 +97,7 @@ def _corpus(facts: Facts) -> list[str]:
         _figure(lambda ax: _per_query(ax, facts), _WIDTH, 3.0),
         "<h3>Queries: from collected to trained on</h3>",
         _figure(lambda ax: _funnel(ax, facts), _WIDTH, 0.4 + 0.33 * (4 + len(m["queries"]["rejected"]))),
+        drops(facts.queries["rejected"], facts.queries["samples"]),
         "<h3>The teacher</h3>",
         f"<p>{_gate(facts.gate)}</p>",
         _figure(lambda ax: _scores(ax, facts), _WIDTH, 1.0 + 0.5 * len(facts.groups["score_quantiles"])),
@@ -104,6 +105,18 @@ def _corpus(facts: Facts) -> list[str]:
         "pairs; light: the middle nine tenths; white: the median; the line runs from the lowest to the "
         "highest score. Narrow bars: nearly the same score for most pairs.</p>",
     ]
+
+
+def drops(rejected: Mapping[str, int], samples: Mapping[str, Sequence[str]]) -> str:
+    """A table of what was dropped before retrieval: reason, count, and a few of each to look at."""
+    if not rejected:
+        return ""
+    rows = [
+        f"<tr><td>{html.escape(reason.replace('_', ' '))}<td>{count:,}"
+        f"<td>{'<br>'.join(html.escape(text) for text in samples.get(reason, ()))}"
+        for reason, count in sorted(rejected.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    return f"<table><tr><th>dropped as<th>queries<th>for example{''.join(rows)}</table>"
 
 
 def _verdict(m: Mapping[str, Any]) -> str:

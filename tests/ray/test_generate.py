@@ -224,7 +224,8 @@ def test_every_negative_gets_a_query_and_those_that_are_there_are_taken(
             collection, student_folder, output,
             engine="endpoint", url=url, model="writer", passages=100, kinds="{question: 1}",
         ),
-        "queries.sources=[log,llm]", "queries.negatives=true", "groups.require_first=false", "--until", "groups",
+        "queries.sources=[log,llm]", "queries.negatives=true", "groups.require_first=false",
+        "--until", "groups",
     ]  # fmt: skip
     done = run_job("adapt", ["configs/cpu.yaml", *settings])
     assert done.returncode == 0, done.stderr[-3000:]
