@@ -267,7 +267,14 @@ def _watched(engine: type, target: Stage, *, most: int) -> type:
                 )
             name = uuid.uuid4().hex
             (target.folder / f"{_START}{name}").write(b"started")
-            super().__init__(*args, **kwargs)
+            try:
+                super().__init__(*args, **kwargs)
+            except Exception as error:  # whatever vLLM finds: too little memory, a model it does not know ...
+                raise UserError(
+                    f"llm: vLLM could not start: {type(error).__name__}: {error}. What it found stands above "
+                    "that in the worker logs of this Ray session. Where memory is short, lower "
+                    "llm.vllm.max_model_len, or spread the model: llm.vllm.tensor_parallel_size"
+                ) from error
             self._hits, self._seen = target.folder / f"{_HITS}{name}", [0, 0]
             ask = self.llm._generate_async
 

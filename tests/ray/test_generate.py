@@ -381,6 +381,18 @@ def test_an_engine_that_dies_of_every_request_is_an_error(
     assert "died without answering a request" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_too_little_memory_at_the_start_is_an_error_and_no_hang(
+    llm: Path, collection: Path, student_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4000")  # GiB
+    settings = settings_of(collection, student_folder, tmp_path / "out", model=llm, passages=4)
+    done = run_job("generate", ["configs/cpu.yaml", *settings])
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "vLLM could not start" in done.stderr.splitlines()[-1]
+
+
 def test_engines_that_the_cluster_cannot_hold_are_refused_at_once(
     llm: Path, collection: Path, student_folder: str, tmp_path: Path
 ) -> None:
