@@ -39,14 +39,14 @@ def by_revision(name: str, key: str) -> Model:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    hub_id, _, revision = name.partition("@")
+    repository, _, revision = name.partition("@")
     try:
-        commit = HfApi().model_info(hub_id, revision=revision or None).sha
+        commit = HfApi().model_info(repository, revision=revision or None).sha
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
             f"{key}: no model '{name}': neither a folder nor a hub id that can be reached ({error})"
         ) from error
-    return Model(f"{hub_id}@{commit}", f"{hub_id}@{commit}")
+    return Model(f"{repository}@{commit}", f"{repository}@{commit}")
 
 
 def resolve_model(name: str | Location, key: str) -> str:
@@ -81,11 +81,11 @@ def resolve_model(name: str | Location, key: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    hub_id, _, revision = name.partition("@")
+    repository, _, revision = name.partition("@")
     try:
         return str(
             snapshot_download(
-                hub_id,
+                repository,
                 revision=revision or None,
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"],
                 ignore_patterns=["onnx/*", "openvino/*"],
@@ -95,6 +95,14 @@ def resolve_model(name: str | Location, key: str) -> str:
         raise UserError(
             f"{key}: no model '{name}': neither a folder nor a hub id that can be reached ({error})"
         ) from error
+
+
+def hub_id(source: str | Location) -> tuple[str, str | None] | None:
+    """(id, revision) of a model that lies on a hub; None of one that is a folder, bundled, or a URL."""
+    if isinstance(source, Location) or "://" in source or Path(source).is_dir() or _is_bundled(source):
+        return None
+    name, _, revision = source.partition("@")
+    return name, revision or None
 
 
 def weights_sha(folder: str) -> str:

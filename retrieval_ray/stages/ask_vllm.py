@@ -20,7 +20,7 @@ import ray
 from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.config import LlmConfig, to_dict
 from retrieval_ray.errors import UserError
-from retrieval_ray.model_files import Model, resolve_model
+from retrieval_ray.model_files import Model, hub_id, resolve_model
 from retrieval_ray.progress import progress
 from retrieval_ray.prompts import JSON_SCHEMA, Request
 from retrieval_ray.replies import Reply
@@ -41,7 +41,7 @@ def ask(context: Context, asking: Asking, model: Model, parts: Sequence[Block], 
 
     config, on_gpu = context.config.llm, context.profile.device == "cuda"
     engine = engine_arguments(config, on_gpu=on_gpu)
-    name, _, revision = str(model.source).partition("@")
+    name, revision = hub_id(model.source) or (str(model.source), None)
     if revision:
         engine["revision"] = engine["tokenizer_revision"] = revision
     replicas = config.replicas or context.config.compute.workers
@@ -102,6 +102,9 @@ def engine_arguments(config: LlmConfig, *, on_gpu: bool) -> dict[str, Any]:
     defaults: dict[str, Any] = {"enable_prefix_caching": True, "seed": 0}
     if not on_gpu:
         defaults |= {"distributed_executor_backend": "mp", "enforce_eager": True, "dtype": "float32"}
+    if devices(config.vllm) > 1:
+        # Not Ray's executor: its placement group would hold the GPUs until the job ends (ray#64035).
+        defaults["distributed_executor_backend"] = "mp"
     if config.lora:
         defaults["enable_lora"] = True
     return defaults | dict(config.vllm)
@@ -126,9 +129,14 @@ class Prompts:
     ) -> None:
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model(model, "llm.model"), trust_remote_code=trust_remote_code
-        )
+        # Of a model on a hub the tokenizer alone is fetched: the weights go to the engines.
+        name, revision = hub_id(model) or (resolve_model(model, "llm.model"), None)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"llm.model: no tokenizer for '{model}': {error}") from error
         if not self.tokenizer.chat_template:
             raise UserError(f"llm.model: '{model}' has no chat template; take an instruction-tuned model")
         self.arguments = dict(chat_template)
