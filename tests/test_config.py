@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from retrieval_ray.config import Config, DatasetConfig, load, to_dict
 from retrieval_ray.errors import UserError
+from retrieval_ray.prompts import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 YAMLS = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("configs/*.yaml"))
@@ -287,6 +288,9 @@ def test_a_value_of_the_wrong_type_names_its_key(path: Path, override: str) -> N
     ("override", "known"),
     [
         ("queries.sources=[log,guess]", ["log", "extractive", "llm"]),
+        ("llm.engine=oracle", ["vllm", "endpoint"]),
+        ("llm.sample=best", ["uniform", "length", "title"]),
+        ("llm.kinds={riddle: 1}", list(KINDS)),
         ("retrieve.retrievers=[dense,colbert]", ["dense", "bm25"]),
         ("teacher.kind=oracle", ["embedded", "cross_encoder"]),
         ("evaluate.systems=[bm25,human]", ["bm25", "teacher"]),
@@ -316,12 +320,25 @@ def test_an_unknown_choice_lists_the_known_ones(path: Path, override: str, known
         "compute.logical_cpus=7",
         "compute.cpus_per_worker=-1",
         "compute.token_budget=0",
+        "llm.kinds={question: 0}",
+        "llm.kinds={question: -1, title: 2}",
+        "llm.max_copied=1.5",
+        "llm.concurrency=0",
     ],
 )
 def test_values_that_contradict_each_other_name_the_key(path: Path, override: str) -> None:
     section, _, rest = override.partition(".")
-    named = "teacher.model" if rest.startswith("kind") else override.partition("=")[0]
+    named = "teacher.model" if rest.startswith("kind=") else override.partition("=")[0]
     assert named in error_of(path, override)
+
+
+def test_an_llm_must_be_named_and_an_endpoint_must_have_an_address(path: Path) -> None:
+    assert "llm.model" in error_of(path, "queries.sources=[llm]")
+    named = ["queries.sources=[llm]", "llm.model=writer"]
+    load(str(path), named)
+    assert "llm.url" in error_of(path, *named, "llm.engine=endpoint")
+    config = load(str(path), [*named, "llm.engine=endpoint", "llm.url=http://x/v1", "llm.kinds={title: 2}"])
+    assert config.llm.kinds == {"title": 2}
 
 
 def test_too_few_logical_cpus_are_told_why(path: Path) -> None:

@@ -317,6 +317,37 @@ def test_vllm_survives_kills_of_engine_and_job(
 
 
 @pytest.mark.vllm
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_one_sequence_at_a_time_writes_the_same_after_a_kill(
+    llm: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    """Two parts of the corpus are two blocks; the job is killed when the first is kept."""
+
+    def settings(output: Path) -> list[str]:
+        return [
+            *settings_of(collection, student_folder, output, model=llm, passages=12, temperature=0),
+            "llm.vllm={max_model_len: 4096, max_num_seqs: 1, enable_prefix_caching: false}",
+            "llm.max_tokens=8", "llm.kinds={question: 1, user_query: 1}", "--until", "generate",
+        ]  # fmt: skip
+
+    log = tmp_path / "log"
+    process = start(settings(tmp_path / "killed"), log)
+    assert wait_until(lambda: len(kept(tmp_path / "killed")) > 0, process, log)
+    kill_tree(process)
+    before = kept(tmp_path / "killed")
+    assert 0 < len(before) < 24
+    for name in ("killed", "whole"):
+        assert run_job("adapt", ["configs/cpu.yaml", *settings(tmp_path / name)]).returncode == 0
+    assert replies(tmp_path / "killed") == replies(tmp_path / "whole")
+    assert (
+        manifest(tmp_path / "killed", "generate")["parts"]
+        == manifest(tmp_path / "whole", "generate")["parts"]
+    )
+    assert manifest(tmp_path / "killed", "generate")["rows_this_run"] == 24 - len(before)
+
+
+@pytest.mark.vllm
 @pytest.mark.timeout(900)
 def test_vllms_own_server_is_driven_with_a_thousand_prompts(
     llm: Path, collection: Path, student_folder: str, tmp_path: Path
