@@ -95,7 +95,9 @@ class Server:
                 request.transport.close()
                 return half
             case _:  # nothing, until the client gives up
+                self.now -= 1  # the client may be gone long before the server notices
                 await asyncio.sleep(3)
+                self.now += 1
                 return web.Response(status=500)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
