@@ -50,6 +50,8 @@ def pipeline(context: Context, until: str | None) -> str | None:
     corpora = [ingest.run(context, *pair) for pair in zip(datasets, sources, strict=True)]
     if until == "corpus":
         return None
+    for dataset in datasets:
+        queries.sources_of(config.queries, dataset)  # what is missing is said before any LLM is asked
     generated = [generate.run(context, *each) for each in zip(sources, corpora, strict=True)]
     if until == "generate":
         return None

@@ -5,6 +5,7 @@
 Replies and queries lie in the store, where ``jobs/adapt.py`` with the same settings finds them.
 """
 
+from retrieval_ray.errors import UserError
 from retrieval_ray.sources import open_source
 from retrieval_ray.stages import forecast, generate, ingest, job, plan, queries
 from retrieval_ray.stages.context import Context
@@ -12,7 +13,9 @@ from retrieval_ray.stages.context import Context
 
 def write(context: Context, until: str | None, show: int | None) -> str | None:
     """Write the queries of every corpus; returns where the last of them lie."""
-    if show:
+    if "llm" not in (context.config.queries.sources or []):
+        raise UserError("queries.sources must name 'llm': this job writes queries with an LLM, and only so")
+    if show is not None:
         for dataset in context.config.corpora():
             print("\n".join(forecast.shown(context, dataset, show)))
         return None
@@ -26,7 +29,10 @@ def pipeline(context: Context, until: str | None) -> str | None:
     where = None
     for dataset in context.config.corpora():
         source = open_source(dataset.path)
+        queries.sources_of(context.config.queries, dataset)  # what is missing is said before any call
         corpus = ingest.run(context, dataset, source)
+        if until == "corpus":
+            continue
         generated = generate.run(context, source, corpus)
         if until == "generate":
             continue

@@ -13,7 +13,8 @@ from retrieval_ray.prompts import Request
 from retrieval_ray.replies import Reply
 
 _AGAIN = {408, 409, 425, 429}  # and every 5xx
-_HOPELESS = {401, 402, 403, 404, 405}  # every other request would fare alike
+_HOPELESS = {401, 402, 404, 405}  # every other request would fare alike; 403 may be one row's matter
+_IN_VAIN = 50  # failures without an answer between them, beside what is in flight: then it gives up
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds between two attempts
 
 
@@ -45,8 +46,10 @@ class Endpoint:
     async def replies(self, requests: Iterable[Request]) -> AsyncIterator[Reply]:
         """A reply for each request, in the order in which they come.
 
-        Raises ``UserError`` where no request can succeed: a wrong address, a key that is refused.
+        Raises ``UserError`` where no request can succeed: a wrong address, a key that is refused, so many
+        failures in a row that the server must be down.
         """
+        in_vain = 0
         key = self._key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         queue = iter(requests)
@@ -64,7 +67,15 @@ class Endpoint:
                     done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
                         running.discard(task)
-                        yield task.result()
+                        reply = task.result()
+                        in_vain = 0 if reply.error is None else in_vain + 1
+                        yield reply
+                        if in_vain >= _IN_VAIN + self.concurrency:
+                            raise UserError(
+                                f"{self.url}: {in_vain} requests in a row failed, the last with: "
+                                f"{reply.error}. What was answered is kept: run the same command again "
+                                "when it is mended"
+                            )
             finally:
                 for task in running:
                     task.cancel()
@@ -93,7 +104,7 @@ class Endpoint:
                 problem = f"{type(error).__name__}: {error}".rstrip(": ")
                 if last and not self.reached and isinstance(error, aiohttp.ClientConnectorError):
                     raise UserError(f"{self.url}: {problem}; check llm.url, and that it is up") from None
-            except ValueError as error:  # a body that is not JSON, or not that of a reply
+            except (ValueError, OverflowError, RecursionError) as error:  # not JSON, or not that of a reply
                 problem = self._without_key(f"unreadable reply: {error}")[:300]
             if not last:
                 await asyncio.sleep(_wait(attempt, retry_after))

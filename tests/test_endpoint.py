@@ -264,7 +264,7 @@ def test_every_request_ends_as_its_own_statuses_say(statuses: list[list[int]]) -
     assert all((reply.text is None) == (reply.error is not None) for reply in replies)
 
 
-@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
 def test_a_request_that_is_itself_wrong_is_asked_once(status: int) -> None:
     asked = Counter[int]()
 
@@ -276,6 +276,27 @@ def test_a_request_that_is_itself_wrong_is_asked_once(status: int) -> None:
     replies = ask(handler, requests(3), retries=6)
     assert [reply.error for reply in replies] == [None, f"HTTP {status}: maximum context length", None]
     assert asked == {0: 1, 1: 1, 2: 1}
+
+
+def test_it_gives_up_when_nothing_is_answered_any_more() -> None:
+    """Ten answers, then the server is down for good: 50 failures beside those in flight are enough."""
+    asked = 0
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        return completion("x") if asked <= 10 else _response("down", 500)
+
+    async def run() -> list[Reply]:
+        found: list[Reply] = []
+        async with serving(handler) as url:
+            with pytest.raises(UserError, match="54 requests in a row failed, the last with: HTTP 500: down"):
+                async for reply in client(url, concurrency=4, retries=0).replies(requests(1000)):
+                    found.append(reply)
+        return found
+
+    found = asyncio.run(run())
+    assert len([reply for reply in found if reply.text]) == 10 and asked < 80
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 520, 524, 529])
@@ -370,7 +391,7 @@ def test_what_retry_after_may_say(
 
 @pytest.mark.parametrize(
     ("status", "says"),
-    [(401, VARIABLE), (402, VARIABLE), (403, VARIABLE), (404, "llm.url and llm.model"), (405, "llm.url")],
+    [(401, VARIABLE), (402, VARIABLE), (404, "llm.url and llm.model"), (405, "llm.url")],
 )
 def test_what_no_request_can_pass_is_the_users_error(status: int, says: str) -> None:
     """Said once, where several fail together; nothing of it comes up when they are collected."""

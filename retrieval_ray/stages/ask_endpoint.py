@@ -63,11 +63,13 @@ class _Asker:
         keys = {request.query_id: key for key, request in open_requests}
         waiting: list[tuple[bytes, Reply]] = []
         tokens_in = tokens_out = 0
-        async for reply in self.endpoint.replies(request for _, request in open_requests):
-            waiting.append((keys[reply.query_id], reply))
-            tokens_in, tokens_out = tokens_in + reply.tokens_in, tokens_out + reply.tokens_out
-            if len(waiting) == _COMMIT:
-                self.asking.keep(int(part["number"]), waiting)
-                waiting = []
-        self.asking.keep(int(part["number"]), waiting)
+        try:
+            async for reply in self.endpoint.replies(request for _, request in open_requests):
+                waiting.append((keys[reply.query_id], reply))
+                tokens_in, tokens_out = tokens_in + reply.tokens_in, tokens_out + reply.tokens_out
+                if len(waiting) == _COMMIT:
+                    self.asking.keep(int(part["number"]), waiting)
+                    waiting = []
+        finally:  # also where the endpoint gives up: what was answered is kept
+            self.asking.keep(int(part["number"]), waiting)
         return {"asked": len(open_requests), "tokens_in": tokens_in, "tokens_out": tokens_out}

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -61,7 +62,7 @@ def ask(context: Context, asking: Asking, model: Model, parts: Sequence[Block], 
             should_continue_on_error=True,
             log_engine_metrics=False,
         ),
-        preprocess=_Preprocess(sampling(config), config.lora, seeds=on_gpu),
+        preprocess=_Preprocess(sampling(config), _adapter(config.lora), seeds=on_gpu),
         postprocess=_reply_row,
         preprocess_map_kwargs={"num_cpus": 0.1},
         postprocess_map_kwargs={"num_cpus": 0.1},
@@ -153,6 +154,13 @@ class Prompts:
         return found
 
 
+def _adapter(name: str | None) -> str | None:
+    """What vLLM is told of an adapter: an absolute path, or a hub id."""
+    if name is None or Path(name).is_dir():
+        return name and str(Path(name).resolve())
+    return (hub_id(name) or (name, None))[0]
+
+
 def devices(engine: Mapping[str, Any]) -> int:
     """How many GPUs one engine takes."""
     return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
@@ -172,7 +180,8 @@ def _check(engine: Mapping[str, Any], replicas: int, *, on_gpu: bool) -> None:
             raise UserError(
                 f"llm.replicas={replicas} engines of {each} device{'s' if each > 1 else ''} need {amount} "
                 f"{name}, and the cluster has {there.get(name, 0):g}; lower llm.replicas or "
-                "llm.vllm.tensor_parallel_size, or give the cluster more"
+                "llm.vllm.tensor_parallel_size, or give the cluster more (CPUs of a local one: "
+                "compute.logical_cpus)"
             )
 
 

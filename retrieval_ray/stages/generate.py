@@ -10,13 +10,14 @@ in the queries stage, so another rule for dropping them costs no call.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Stage, digest, part_name, stage
 from retrieval_ray.config import LlmConfig
 from retrieval_ray.errors import UserError
-from retrieval_ray.model_files import Model, by_revision
+from retrieval_ray.model_files import Model, by_revision, weights_sha
 from retrieval_ray.progress import say
 from retrieval_ray.prompts import KINDS, PROMPT_VERSION, Wanted, read_pool
 from retrieval_ray.sampling import sample
@@ -156,7 +157,7 @@ def generator(config: LlmConfig, model: Model) -> dict[str, Any]:
     engine: dict[str, Any] = {}
     if config.engine == "vllm":
         engine = {key: value for key, value in sorted(config.vllm.items()) if key not in _EXECUTION}
-        engine["lora"] = by_revision(config.lora, "llm.lora").sha if config.lora else None
+        engine["lora"] = _adapter(config.lora) if config.lora else None
     return {
         "engine": config.engine,
         "model": model.sha,
@@ -167,6 +168,11 @@ def generator(config: LlmConfig, model: Model) -> dict[str, Any]:
         "chat_template": dict(config.chat_template),
         **engine,
     }
+
+
+def _adapter(name: str) -> str:
+    """The hash of an adapter's folder, which is no whole model; the commit of one on a hub."""
+    return weights_sha(name) if Path(name).is_dir() else by_revision(name, "llm.lora").sha
 
 
 def _sampled(context: Context, corpus: Stage) -> list[Block]:

@@ -44,7 +44,9 @@ def main(work: Callable[..., str | None], description: str, **numbers: str) -> N
     given = {name: getattr(arguments, name) for name in numbers}
     try:
         config = load(arguments.config, arguments.overrides)
-        context = open_run(config, dry_run=arguments.dry_run or any(given.values()))
+        context = open_run(
+            config, dry_run=arguments.dry_run or any(value is not None for value in given.values())
+        )
         last_line = work(context, arguments.until, **given)
     except Exception as error:
         message = explain(error)

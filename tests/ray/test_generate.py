@@ -255,7 +255,18 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llm(tmp_path_factory.mktemp("llm"))
 
 
-def prompt_lengths(llm: Path, output: Path) -> list[int]:
+def short_pool(folder: Path) -> Path:
+    """Exemplars of a few words, for prompts that a CPU is soon through with."""
+    written = ("question", "claim", "title", "keywords", "query")
+    rows = [
+        {"passage": f"{word} is sold here", **{kind: f"{kind} of {word}" for kind in written}}
+        for word in ("tea", "ink")
+    ]
+    (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pool.jsonl"
+
+
+def prompt_lengths(llm: Path, output: Path, pool: Path) -> list[int]:
     """Tokens of every prompt of a finished stage, by the tokenizer's own chat template."""
     import pyarrow as pa
     from transformers import AutoTokenizer
@@ -263,7 +274,7 @@ def prompt_lengths(llm: Path, output: Path) -> list[int]:
     parts = sorted(output.glob("store/corpus-*/corpus-*.arrow"))
     passages = [row for part in parts for row in pa.ipc.open_file(str(part)).read_all().to_pylist()]
     chosen = {row["passage_id"] for row in replies(output)}
-    wanted = Wanted(dict.fromkeys(KINDS, 1), read_pool(None), None, LlmConfig().exemplar_sets, seed=0)
+    wanted = Wanted(dict.fromkeys(KINDS, 1), read_pool(str(pool)), None, LlmConfig().exemplar_sets, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(llm)
     return [
         len(tokenizer.apply_chat_template(r.messages, add_generation_prompt=True, return_dict=False))
@@ -282,16 +293,18 @@ def test_vllm_survives_kills_of_engine_and_job(
     llm: Path, collection: Path, student_folder: str, tmp_path: Path
 ) -> None:
     """The job is killed after its first replies; in the second start the engine process is killed."""
-    output, log = tmp_path / "out", tmp_path / "log"
+    output, log, pool = tmp_path / "out", tmp_path / "log", short_pool(tmp_path)
     settings = [
-        *settings_of(collection, student_folder, output, model=llm, passages=90, max_tokens=24),
+        *settings_of(
+            collection, student_folder, output, model=llm, passages=300, max_tokens=24, exemplars=pool
+        ),
         "llm.vllm={max_model_len: 4096, max_num_seqs: 32}", "--until", "generate",
     ]  # fmt: skip
     process = start(settings, log)
     assert wait_until(lambda: len(kept(output)) > 0, process, log)
     kill_tree(process)
     before = set(kept(output))
-    assert 0 < len(before) < 540
+    assert 0 < len(before) < 1800
 
     process = start(settings, log)
     assert wait_until(lambda: len(kept(output)) > len(before), process, log)
@@ -305,14 +318,14 @@ def test_vllm_survives_kills_of_engine_and_job(
     wait_until(lambda: False, process, log)  # to its end
 
     rows = replies(output)
-    assert len(rows) == len({row["query_id"] for row in rows}) == 540
+    assert len(rows) == len({row["query_id"] for row in rows}) == 1800
     assert not [row for row in rows if row["error"]]
-    assert max(Counter(kept(output)).values()) == 1 and len(kept(output)) == 540
-    assert sorted(row["tokens_in"] for row in rows) == sorted(prompt_lengths(llm, output))
+    assert max(Counter(kept(output)).values()) == 1 and len(kept(output)) == 1800
+    assert sorted(row["tokens_in"] for row in rows) == sorted(prompt_lengths(llm, output, pool))
     facts = manifest(output, "generate")
-    assert facts["rows"] == 540 and facts["failed"] == 0
+    assert facts["rows"] == 1800 and facts["failed"] == 0
     assert 0.3 < facts["prefix_cache_hit_rate"] < 1  # instruction and exemplars are shared
-    assert engines and facts["rows_this_run"] == 540 - len(before)
+    assert engines and facts["rows_this_run"] == 1800 - len(before)
 
     again = run_job("adapt", ["configs/cpu.yaml", *settings])
     assert again.returncode == 0 and "done already (generate-" in again.stderr
@@ -357,9 +370,7 @@ def test_vllms_own_server_is_driven_with_a_thousand_prompts(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pool = tmp_path / "pool.jsonl"
-    rows = [{"passage": f"{word} is sold here", "question": f"who sells {word}"} for word in ("tea", "ink")]
-    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pool = short_pool(tmp_path)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(llm)]
     command += [
         "--served-model-name",
