@@ -337,11 +337,14 @@ def test_vllm_survives_kills_of_engine_and_job(
 def test_one_sequence_at_a_time_writes_the_same_after_a_kill(
     llm: Path, collection: Path, student_folder: str, tmp_path: Path
 ) -> None:
-    """Two parts of the corpus are two blocks; the job is killed when the first is kept."""
+    """Two parts of the corpus are two blocks of more rows than a batch; killed after the first."""
 
     def settings(output: Path) -> list[str]:
         return [
-            *settings_of(collection, student_folder, output, model=llm, passages=12, temperature=0),
+            *settings_of(
+                collection, student_folder, output, model=llm, passages=90, temperature=0,
+                exemplars=short_pool(tmp_path),
+            ),
             "llm.vllm={max_model_len: 4096, max_num_seqs: 1, enable_prefix_caching: false}",
             "llm.max_tokens=8", "llm.kinds={question: 1, user_query: 1}", "--until", "generate",
         ]  # fmt: skip
@@ -351,7 +354,7 @@ def test_one_sequence_at_a_time_writes_the_same_after_a_kill(
     assert wait_until(lambda: len(kept(tmp_path / "killed")) > 0, process, log)
     kill_tree(process)
     before = kept(tmp_path / "killed")
-    assert 0 < len(before) < 24
+    assert 0 < len(before) < 180
     for name in ("killed", "whole"):
         assert run_job("adapt", ["configs/cpu.yaml", *settings(tmp_path / name)]).returncode == 0
     assert replies(tmp_path / "killed") == replies(tmp_path / "whole")
@@ -359,7 +362,7 @@ def test_one_sequence_at_a_time_writes_the_same_after_a_kill(
         manifest(tmp_path / "killed", "generate")["parts"]
         == manifest(tmp_path / "whole", "generate")["parts"]
     )
-    assert manifest(tmp_path / "killed", "generate")["rows_this_run"] == 24 - len(before)
+    assert manifest(tmp_path / "killed", "generate")["rows_this_run"] == 180 - len(before)
 
 
 @pytest.mark.vllm
@@ -397,6 +400,7 @@ def test_vllms_own_server_is_driven_with_a_thousand_prompts(
         settings = settings_of(
             collection, student_folder, output, engine="endpoint", url=f"http://127.0.0.1:{port}/v1",
             model="tiny", passages=500, kinds="{question: 2}", max_tokens=8, concurrency=32, exemplars=pool,
+            temperature=0,  # vLLM's CPU build dies of a seed, which a greedy request makes no use of
         )  # fmt: skip
         done = run_job("generate", ["configs/cpu.yaml", *settings, "--until", "generate"])
         assert done.returncode == 0, done.stderr[-3000:]
