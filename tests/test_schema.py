@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from retrieval_ray import schema
 from retrieval_ray.errors import UserError
 
-# As the architecture document lists them; a change here is a change of every stage's interface.
+# As the architecture document lists them, and an LLM's replies; a change here is a change of every stage's interface.
 COLUMNS = {
     "corpus": "passage_id title text",
     "queries": "query_id text kind language split passage_id generator",
+    "replies": "query_id passage_id kind text error tokens_in tokens_out",
     "run": "retriever query_id passage_id rank score",
     "scores": "teacher query_id passage_id score",
     "groups": "corpus query_id kind split positive_id passage_ids teacher_scores excluded_ids",
