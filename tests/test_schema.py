@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from retrieval_ray import schema
 from retrieval_ray.errors import UserError
 
-# As the architecture document lists them, and an LLM's replies; a change here is a change of every stage's interface.
+# As the architecture document lists them, and an LLM's replies; a change here is a change of every
+# stage's interface.
 COLUMNS = {
     "corpus": "passage_id title text",
     "queries": "query_id text kind language split passage_id generator",
