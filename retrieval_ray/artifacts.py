@@ -186,6 +186,13 @@ class Stage:
     def parts(self) -> list[str]:
         return list(self.manifest()["parts"])
 
+    def reopen(self) -> None:
+        """Make a finished stage unfinished, without its parts: they are to be written anew."""
+        parts = self.parts()
+        (self.folder / "manifest.json").remove()
+        for part in parts:
+            (self.folder / part).remove()
+
     def finish(self, parts: Sequence[str], **facts: object) -> None:
         """Write the manifest: the stage is done. ``parts`` are hashed as they lie on disk."""
         hashes = {part: _sha256(self.folder / part) for part in sorted(parts)}

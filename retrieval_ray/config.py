@@ -104,12 +104,13 @@ class LlmConfig:
     vllm: dict[str, Any] = field(default_factory=dict)  # engine arguments, as {tensor_parallel_size: 2}
     lora: str | None = None  # folder or hub id of an adapter for vLLM
     replicas: int | None = None  # vLLM engines; null: compute.workers
-    url: str | None = None  # of the endpoint: http://host:8000/v1
+    url: str | None = None  # of the endpoint: http://host:8000/v1 (who serves a model is not what it is)
+    body: dict[str, Any] = field(default_factory=dict)  # fields of its requests; null leaves one of ours out
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the endpoint's key
     concurrency: int = 64  # requests in flight per worker
     timeout_seconds: float = 120.0
     retries: int = 6
-    tokens_per_second: float | None = None  # of one engine, for the forecast; null: as measured before
+    tokens_per_second: float | None = None  # one engine, in and out together; null: as measured before
 
 
 @dataclass

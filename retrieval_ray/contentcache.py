@@ -2,9 +2,10 @@
 
 Keyed by the content of the question (who is asked, and the texts), shared by all runs of a store. A part
 of work commits one immutable file, named by what it holds, so concurrent writers cannot harm each other
-and a part is in the cache whole or not at all. Files lie in folders ``n-b``: what concerns passages whose
-text falls in bucket ``b`` of ``n``. Because bucket ``b`` of ``n`` is the union of buckets ``b`` and
-``b + n`` of ``2n``, corpora cut into different numbers of parts share it.
+and a part is in the cache whole or not at all. Files lie in folders ``n/b``: what concerns passages whose
+text falls in bucket ``b`` of ``n``, so no folder of all parts is ever listed to read one. Because bucket
+``b`` of ``n`` is the union of buckets ``b`` and ``b + n`` of ``2n``, corpora cut into different numbers
+of parts share it.
 """
 
 import hashlib
@@ -16,7 +17,9 @@ import pyarrow as pa
 from retrieval_ray.artifacts import Location, digest
 
 SCORE = pa.float32()
-REPLY = pa.struct([("text", pa.string()), ("tokens_in", pa.int32()), ("tokens_out", pa.int32())])
+REPLY = pa.struct(
+    [("text", pa.string()), ("tokens_in", pa.int64()), ("tokens_out", pa.int64()), ("cut", pa.bool_())]
+)
 
 
 class ContentCache:
@@ -39,16 +42,14 @@ class ContentCache:
     def read(self, bucket: int, buckets: int) -> dict[bytes, Any]:
         """Every answer known for passages of bucket ``bucket`` of ``buckets``."""
         known: dict[bytes, Any] = {}
-        for name in self.folder.names():
-            count, at = (int(piece) for piece in name.split("-"))
-            smaller = min(count, buckets)
-            if at % smaller != bucket % smaller:
-                continue
-            for part in (self.folder / name).names():
-                if part.endswith(".parquet"):
-                    table = (self.folder / name / part).read_table()
-                    keys, values = (table.column(c).to_pylist() for c in ("key", "value"))
-                    known.update(zip(keys, values, strict=True))
+        for count in map(int, self.folder.names()):
+            first = bucket % min(count, buckets)
+            for at in range(first, count, min(count, buckets)):
+                for part in (self.folder / f"{count}/{at}").names():
+                    if part.endswith(".parquet"):
+                        table = (self.folder / f"{count}/{at}/{part}").read_table()
+                        keys, values = (table.column(c).to_pylist() for c in ("key", "value"))
+                        known.update(zip(keys, values, strict=True))
         return known
 
     def write(self, bucket: int, buckets: int, keys: Sequence[bytes], values: Sequence[Any]) -> None:
@@ -57,4 +58,4 @@ class ContentCache:
             return
         table = pa.table({"key": pa.array(keys, pa.binary(16)), "value": pa.array(values, self._value)})
         name = hashlib.sha256(b"".join(sorted(keys))).hexdigest()[:16]
-        (self.folder / f"{buckets}-{bucket}" / f"{name}.parquet").write_table(table)
+        (self.folder / f"{buckets}/{bucket}/{name}.parquet").write_table(table)

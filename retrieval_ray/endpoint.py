@@ -22,10 +22,10 @@ class Endpoint:
     """``POST {url}/chat/completions``.
 
     url: the base, like ``http://localhost:8000/v1``. body: what every request says beside its messages
-    and seed (model, temperature, max_tokens ...). key_variable: the environment variable that holds the
-    key; the key goes into no message. concurrency: requests in flight. retries: further attempts after a
-    status that may pass (429, 5xx, ...), a timeout or a lost connection; the wait doubles from half a
-    second, is jittered, and obeys ``Retry-After`` (up to a minute).
+    (model, temperature, max_tokens ...), over a seed of its own; None leaves a field out. key_variable: the
+    environment variable that holds the key; the key goes into no message. concurrency: requests in flight.
+    retries: further attempts after a status that may pass (429, 5xx, ...), a timeout or a lost connection;
+    the wait doubles from half a second, is jittered, and obeys ``Retry-After`` (up to a minute).
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class Endpoint:
                 await asyncio.gather(*running, return_exceptions=True)
 
     async def _reply(self, session: aiohttp.ClientSession, request: Request) -> Reply:
-        body = {**self.body, "messages": request.messages, "seed": request.seed}
+        said = {"seed": request.seed, **self.body, "messages": request.messages}
+        body = {name: value for name, value in said.items() if value is not None}
         problem = ""
         for attempt in range(self.retries + 1):
             last, retry_after = attempt == self.retries, None
@@ -91,8 +92,8 @@ class Endpoint:
                     self.reached = True
                     if response.status == 200:
                         return _read(request, await response.json(content_type=None))
-                    said = self._without_key(await response.text(errors="replace"))
-                    problem = f"HTTP {response.status}: {said[:300]}"
+                    answer = self._without_key(await response.text(errors="replace"))
+                    problem = f"HTTP {response.status}: {answer[:300]}"
                     if response.status in _HOPELESS:
                         raise UserError(self._hopeless(response.status, problem))
                     if response.status < 500 and response.status not in _AGAIN:
@@ -128,7 +129,8 @@ class Endpoint:
 
 def _read(request: Request, document: Any) -> Reply:
     try:
-        text = document["choices"][0]["message"]["content"] or ""
+        choice = document["choices"][0]
+        text = choice["message"]["content"] or ""
         usage = document.get("usage") or {}
         if not isinstance(text, str):
             raise TypeError("content is not a text")
@@ -138,6 +140,7 @@ def _read(request: Request, document: Any) -> Reply:
             None,
             int(usage.get("prompt_tokens") or 0),
             int(usage.get("completion_tokens") or 0),
+            cut=choice.get("finish_reason") == "length",
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"no choices[0].message.content ({error!r}) in {document}") from error

@@ -65,7 +65,7 @@ def query_rejects(
         elif len(text.split()) > max_words:
             rejects.append((key, "too_long", f"{len(text.split())} words, at most {max_words}"))
         elif folded in seen:
-            rejects.append((key, "duplicate", seen[folded]))
+            rejects.append((key, "duplicate", f"{text} (also {seen[folded]})"))
         else:
             seen[folded] = key
     return rejects

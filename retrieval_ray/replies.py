@@ -22,6 +22,7 @@ class Reply:
     error: str | None
     tokens_in: int
     tokens_out: int
+    cut: bool = False  # at the limit of tokens, so it may lack its end
 
 
 # --- what stands around a query -----------------------------------------------------------------

@@ -26,8 +26,9 @@ TABLES: dict[str, pa.Schema] = {
             ("kind", _TEXT),
             ("text", _TEXT),  # as it came; null where there was an error
             ("error", _TEXT),
-            ("tokens_in", pa.int32()),
-            ("tokens_out", pa.int32()),
+            ("tokens_in", pa.int64()),
+            ("tokens_out", pa.int64()),
+            ("cut", pa.bool_()),  # at the limit of tokens
         ]
     ),
     "run": pa.schema(

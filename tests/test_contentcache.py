@@ -95,7 +95,7 @@ def test_concurrent_writers_lose_nothing(store):
 def test_an_unfinished_write_is_not_read(store):
     cache = _scores(store, "teacher")
     cache.write(0, 1, [cache.key("q", "a")], [1.0])
-    (cache.folder / "1-0" / ".half.parquet.abc.tmp").write(b"PAR1 and no more")
+    (cache.folder / "1/0" / ".half.parquet.abc.tmp").write(b"PAR1 and no more")
     assert cache.read(0, 1) == {cache.key("q", "a"): 1.0}
 
 
@@ -105,15 +105,15 @@ def test_writing_a_part_again_adds_no_file(store):
     cache.write(0, 1, keys, [1.0, 2.0])
     cache.write(0, 1, keys[::-1], [2.0, 1.0])
     cache.write(0, 1, [], [])
-    assert len((cache.folder / "1-0").names()) == 1
+    assert len((cache.folder / "1/0").names()) == 1
     assert cache.read(0, 1) == {keys[0]: 1.0, keys[1]: 2.0}
 
 
 def test_replies_are_kept_whole(store):
     cache = ContentCache(store / "replies", "llm", REPLY)
     replies = [
-        {"text": "où? \n«là»", "tokens_in": 300, "tokens_out": 9},
-        {"text": "", "tokens_in": 1, "tokens_out": 0},
+        {"text": "où? \n«là»", "tokens_in": 300, "tokens_out": 9, "cut": True},
+        {"text": "", "tokens_in": 2**40, "tokens_out": 0, "cut": False},
     ]
     keys = [cache.key("prompt", "a"), cache.key("prompt", "b")]
     cache.write(0, 1, keys, replies)

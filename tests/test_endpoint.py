@@ -92,6 +92,34 @@ def test_a_request_says_the_body_the_messages_and_the_seed() -> None:
     assert replies == [Reply("q0", "how is granite made", None, 11, 4)]
 
 
+def test_a_body_may_leave_the_seed_out_and_say_anything_else() -> None:
+    seen: list[Any] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append(await request.json())
+        return completion("x")
+
+    async def run() -> None:
+        body = {"model": "tiny", "seed": None, "max_tokens": None, "max_completion_tokens": 9, "user": {}}
+        options: dict[str, Any] = {"concurrency": 1, "timeout_seconds": 9.0, "retries": 0}
+        async with serving(handler) as url:
+            async for _ in Endpoint(url, body, key_variable=VARIABLE, **options).replies(requests(1)):
+                pass
+
+    asyncio.run(run())
+    message = {"role": "user", "content": "Passage: é 花"}
+    assert seen == [{"model": "tiny", "max_completion_tokens": 9, "user": {}, "messages": [message]}]
+
+
+@pytest.mark.parametrize(("reason", "cut"), [("length", True), ("stop", False), (None, False)])
+def test_a_reply_at_the_limit_of_tokens_is_told(reason: str | None, cut: bool) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        choice = {"message": {"content": "how is"}, "finish_reason": reason}
+        return web.json_response({"choices": [choice]})
+
+    assert ask(handler, requests(1)) == [Reply("q0", "how is", None, 0, 0, cut)]
+
+
 @pytest.mark.parametrize("slashes", ["", "/", "//"])
 def test_the_url_may_end_in_slashes(slashes: str) -> None:
     assert client(f"http://host/v1{slashes}").url == "http://host/v1/chat/completions"

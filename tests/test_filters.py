@@ -212,8 +212,8 @@ def test_a_repetition_names_the_first_and_a_judged_text_says_so() -> None:
         ("d", "wie geht ES"),
     ]
     assert query_rejects(queries, max_words=9, taken=["Judged one!"]) == [
-        ("b", "duplicate", "a judged query"),
-        ("d", "duplicate", "a"),
+        ("b", "duplicate", "judged one (also a judged query)"),
+        ("d", "duplicate", "wie geht ES (also a)"),
     ]
 
 
@@ -225,7 +225,7 @@ def test_a_dropped_query_is_not_what_a_later_one_repeats() -> None:
 
 def test_digits_tell_queries_apart() -> None:
     queries = [("a", "python 2"), ("b", "python 3"), ("c", "python"), ("d", "Python ３")]
-    assert query_rejects(queries, max_words=9) == [("d", "duplicate", "b")]
+    assert query_rejects(queries, max_words=9) == [("d", "duplicate", "Python ３ (also b)")]
 
 
 def test_accents_do_not_tell_queries_apart() -> None:

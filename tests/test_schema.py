@@ -13,7 +13,7 @@ from retrieval_ray.errors import UserError
 COLUMNS = {
     "corpus": "passage_id title text",
     "queries": "query_id text kind language split passage_id generator",
-    "replies": "query_id passage_id kind text error tokens_in tokens_out",
+    "replies": "query_id passage_id kind text error tokens_in tokens_out cut",
     "run": "retriever query_id passage_id rank score",
     "scores": "teacher query_id passage_id score",
     "groups": "corpus query_id kind split positive_id passage_ids teacher_scores excluded_ids",
@@ -26,6 +26,8 @@ COLUMNS = {
 def value_of(kind: pa.DataType) -> object:
     if pa.types.is_list(kind):
         return [value_of(kind.value_type)] * 2
+    if pa.types.is_boolean(kind):
+        return True
     return "a" if pa.types.is_string(kind) else 1
 
 

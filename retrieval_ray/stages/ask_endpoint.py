@@ -2,27 +2,37 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from retrieval_ray.config import LlmConfig
 from retrieval_ray.endpoint import Endpoint
 from retrieval_ray.model_files import Model
-from retrieval_ray.prompts import JSON_SCHEMA
+from retrieval_ray.prompts import JSON_SCHEMA, Request
 from retrieval_ray.replies import Reply
 from retrieval_ray.stages.asking import Asking, Block
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.parts import run_parts
 
-_COMMIT = 64  # replies that are committed together: what a kill can lose of each worker
+_COMMIT = 64  # replies for a part that are committed together
+_COMMIT_SECONDS = 20.0  # and all that wait, this often: what a kill can lose
+_DEEP = 16  # times as many requests as are in flight: then the end of a share costs little
 
 
 def ask(context: Context, asking: Asking, model: Model, parts: Sequence[Block], label: str) -> dict[str, Any]:
     """Put every open request of these parts to the endpoint. Returns facts for the manifest."""
     config = context.config.llm
     start = time.monotonic()
+    per_passage = sum(asking.wanted.kinds.values())
+    shares = _shares(parts, -(-_DEEP * config.concurrency // per_passage))
     facts = run_parts(
-        context, label, _Asker, {"asking": asking, "endpoint": _arguments(config)}, parts, gpus=False
+        context,
+        label,
+        _Asker,
+        {"asking": asking, "endpoint": _arguments(config)},
+        [{"parts": share} for share in shares],
+        gpus=False,
     )
     counts = {key: sum(f[key] for f in facts) for key in ("asked", "tokens_in", "tokens_out")}
     return counts | {"seconds": time.monotonic() - start}
@@ -42,7 +52,7 @@ def _arguments(config: LlmConfig) -> dict[str, Any]:
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     return {
         "url": str(config.url),
-        "body": body,
+        "body": body | dict(config.body),
         "key_variable": config.key_variable,
         "concurrency": config.concurrency,
         "timeout_seconds": config.timeout_seconds,
@@ -51,25 +61,53 @@ def _arguments(config: LlmConfig) -> dict[str, Any]:
 
 
 class _Asker:
+    """Asks what is open in some parts, one after the other, with as much in flight as is allowed."""
+
     def __init__(self, asking: Asking, endpoint: Mapping[str, Any]) -> None:
         self.asking, self.endpoint = asking, Endpoint(**endpoint)
 
-    def run(self, part: dict[str, Any]) -> dict[str, Any]:
-        return asyncio.run(self._ask(part))
+    def run(self, share: dict[str, Any]) -> dict[str, Any]:
+        return asyncio.run(self._ask(share["parts"]))
 
-    async def _ask(self, part: dict[str, Any]) -> dict[str, Any]:
-        """The whole part is in flight at once, so the endpoint never idles at the end of a block."""
-        open_requests = self.asking.open(part)
-        keys = {request.query_id: key for key, request in open_requests}
-        waiting: list[tuple[bytes, Reply]] = []
-        tokens_in = tokens_out = 0
+    async def _ask(self, parts: Sequence[Block]) -> dict[str, Any]:
+        part_of: dict[str, tuple[int, bytes]] = {}  # of the requests in flight, by query_id
+        waiting: dict[int, list[tuple[bytes, Reply]]] = defaultdict(list)
+        counts = Counter[str]()
+
+        def requests() -> Iterator[Request]:
+            for part in parts:
+                for key, request in self.asking.open(part):
+                    part_of[request.query_id] = int(part["number"]), key
+                    yield request
+
+        def keep(numbers: Sequence[int]) -> None:
+            for number in numbers:
+                self.asking.keep(number, waiting.pop(number))
+
+        kept_at = time.monotonic()
         try:
-            async for reply in self.endpoint.replies(request for _, request in open_requests):
-                waiting.append((keys[reply.query_id], reply))
-                tokens_in, tokens_out = tokens_in + reply.tokens_in, tokens_out + reply.tokens_out
-                if len(waiting) == _COMMIT:
-                    self.asking.keep(int(part["number"]), waiting)
-                    waiting = []
+            async for reply in self.endpoint.replies(requests()):
+                number, key = part_of.pop(reply.query_id)
+                waiting[number].append((key, reply))
+                counts.update(asked=1, tokens_in=reply.tokens_in, tokens_out=reply.tokens_out)
+                if len(waiting[number]) == _COMMIT:
+                    keep([number])
+                if time.monotonic() - kept_at > _COMMIT_SECONDS:
+                    keep(list(waiting))
+                    kept_at = time.monotonic()
         finally:  # also where the endpoint gives up: what was answered is kept
-            self.asking.keep(int(part["number"]), waiting)
-        return {"asked": len(open_requests), "tokens_in": tokens_in, "tokens_out": tokens_out}
+            keep(list(waiting))
+        return {key: counts[key] for key in ("asked", "tokens_in", "tokens_out")}
+
+
+def _shares(parts: Sequence[Block], least: int) -> list[list[Block]]:
+    """Neighbouring parts put together until they hold so many passages: what one worker asks at a time."""
+    shares: list[list[Block]] = []
+    room = 0
+    for part in parts:
+        if room <= 0:
+            shares.append([])
+            room = least
+        shares[-1].append(part)
+        room -= len(part["passages"])
+    return shares

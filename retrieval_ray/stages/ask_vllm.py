@@ -63,7 +63,7 @@ def ask(context: Context, asking: Asking, model: Model, parts: Sequence[Block], 
             log_engine_metrics=False,
         ),
         preprocess=_Preprocess(sampling(config), _adapter(config.lora), seeds=on_gpu),
-        postprocess=_reply_row,
+        postprocess=_ReplyRow(config.max_tokens),
         preprocess_map_kwargs={"num_cpus": 0.1},
         postprocess_map_kwargs={"num_cpus": 0.1},
     )
@@ -227,13 +227,21 @@ class _Preprocess:
 _KEPT = ("key", "query_id", "number")
 
 
-def _reply_row(row: Row) -> Row:
-    return {
-        **{name: row[name] for name in _KEPT},
-        "text": row["generated_text"],
-        "tokens_in": int(row["num_input_tokens"]),
-        "tokens_out": int(row["num_generated_tokens"]),
-    }
+class _ReplyRow:
+    """An engine's row -> a reply. Why it ended is not told, so a full one counts as cut."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+
+    def __call__(self, row: Row) -> Row:
+        written = int(row["num_generated_tokens"])
+        return {
+            **{name: row[name] for name in _KEPT},
+            "text": row["generated_text"],
+            "tokens_in": int(row["num_input_tokens"]),
+            "tokens_out": written,
+            "cut": written >= self.max_tokens,
+        }
 
 
 def _normalised(row: Row) -> Row:
@@ -245,6 +253,7 @@ def _normalised(row: Row) -> Row:
         "error": error,
         "tokens_in": 0 if error else row["tokens_in"],
         "tokens_out": 0 if error else row["tokens_out"],
+        "cut": False if error else row["cut"],
     }
 
 

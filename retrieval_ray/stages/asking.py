@@ -53,7 +53,7 @@ class Asking:
             self.buckets,
             [key for key, _ in answered],
             [
-                {"text": reply.text, "tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out}
+                {name: getattr(reply, name) for name in ("text", "tokens_in", "tokens_out", "cut")}
                 for _, reply in answered
             ],
         )

@@ -4,14 +4,17 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from retrieval_ray.artifacts import bucket_count, bucket_of, digest
 from retrieval_ray.config import DatasetConfig, LlmConfig
+from retrieval_ray.contentcache import REPLY, ContentCache
 from retrieval_ray.datasets import read_corpus
+from retrieval_ray.filters import near_duplicates
 from retrieval_ray.prompts import Request
 from retrieval_ray.sampling import sample
 from retrieval_ray.sources import open_source
 from retrieval_ray.stages.ask_vllm import Prompts, devices
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.generate import model_of, wanted_of
+from retrieval_ray.stages.generate import generator, model_of, wanted_of
 from retrieval_ray.stages.ingest import passage_text
 
 _SAMPLE = 200  # requests that are tokenised
@@ -24,12 +27,14 @@ class Cost:
 
     model: str
     passages: int
-    requests: int
-    tokens_in: int
+    requests: int  # in all
+    kept: float  # the share of them that has a reply in this store already
+    tokens_in: int  # of the others
     counted: str  # how the tokens were counted
     tokens_out: int  # at most, where no earlier run tells how long replies are
     gpu_hours: float | None
     rate: str  # where the rate comes from
+    negatives: int  # further requests at most, known only when the lists are built
     examples: list[Request]  # one of each kind
 
     def lines(self) -> list[str]:
@@ -39,40 +44,49 @@ class Cost:
             found.append(f"--- a prompt of the kind {request.kind}:")
             found += [f"    {turn['role']}: {turn['content']}" for turn in request.messages]
         found.append(
-            f"LLM {self.model}: {self.passages:,} passages, {self.requests:,} requests, about "
-            f"{self.tokens_in:,} tokens in ({self.counted}), {self.tokens_out:,} out"
+            f"LLM {self.model}: {self.passages:,} passages, {self.requests:,} requests"
+            + (f", {self.kept:.0%} of them answered already" if self.kept else "")
+            + f", about {self.tokens_in:,} tokens in ({self.counted}), {self.tokens_out:,} out"
         )
         hours = "" if self.gpu_hours is None else f"{self.gpu_hours:,.2f} GPU hours "
-        return [*found, f"  {hours}({self.rate})"]
+        found.append(f"  {hours}({self.rate})")
+        if self.negatives:
+            found.append(
+                "  and for queries.negatives one request for each passage that becomes a negative and has "
+                f"no query: at most {self.negatives:,}"
+            )
+        return found
 
 
 def of(context: Context, passages: list[tuple[str, str, str]], *, titles: bool) -> Cost:
     """Foresee the cost for a corpus. passages: (passage_id, title, text) of all of it."""
     config, seed, wanted = context.config.llm, context.config.seed, wanted_of(context)
-    chosen = sample(passages, config.passages, way=config.sample, seed=seed)
+    chosen = _chosen(context, passages)
     texts = {key: passage_text(title, text, titles=titles) for key, title, text in passages}
     per_passage = sum(wanted.kinds.values())
     looked_at = random.Random(seed).sample(chosen, min(max(1, _SAMPLE // per_passage), len(chosen)))
     asked = wanted.requests((key, texts[key]) for key in looked_at)
     counts, counted = _tokens(config, asked)
     requests = len(chosen) * per_passage
-    tokens_in = round(requests * sum(counts) / max(1, len(counts)))
+    kept = _kept(context, asked, texts, bucket_count(len(passages)))
+    tokens_in = round(requests * (1 - kept) * sum(counts) / max(1, len(counts)))
     known = _measured(context)
-    tokens_out = round(requests * known.get("out_per_request", config.max_tokens))
+    tokens_out = round(requests * (1 - kept) * known.get("out_per_request", config.max_tokens))
     hours, source = None, "an endpoint: it knows its own rate"
     if config.engine == "vllm":
         rate, gpus = config.tokens_per_second or known.get("per_second"), devices(config.vllm)
         source = "given" if config.tokens_per_second else "measured in an earlier run of this store"
         source = (
-            f"at {rate:,.0f} tokens/s for an engine of {gpus}, {source}"
+            f"at {rate:,.0f} tokens/s, in and out together, for an engine of {gpus}, {source}"
             if rate
             else ("GPU hours: no rate is known yet; give one as llm.tokens_per_second")
         )
         hours = (tokens_in + tokens_out) / rate * gpus / 3600 if rate else None
     examples = [next(r for r in asked if r.kind == kind) for kind in wanted.kinds]
+    negatives = len(passages) if context.config.queries.negatives else 0
     return Cost(
-        f"{config.model} ({config.engine})", len(chosen), requests, tokens_in, counted, tokens_out,
-        hours, source, examples,
+        f"{config.model} ({config.engine})", len(chosen), requests, kept, tokens_in, counted, tokens_out,
+        hours, source, negatives, examples,
     )  # fmt: skip
 
 
@@ -81,8 +95,7 @@ def shown(context: Context, dataset: DatasetConfig, count: int) -> list[str]:
     table, _ = read_corpus(open_source(dataset.path))
     columns = (table.column(name).to_pylist() for name in ("passage_id", "title", "text"))
     passages = list(zip(*columns, strict=True))
-    config = context.config.llm
-    chosen = set(sample(passages, config.passages, way=config.sample, seed=context.config.seed))
+    chosen = set(_chosen(context, passages))
     texts = [
         (key, passage_text(title, text, titles=dataset.titles))
         for key, title, text in passages
@@ -94,6 +107,24 @@ def shown(context: Context, dataset: DatasetConfig, count: int) -> list[str]:
             lines.append(f"--- {request.kind} for '{request.passage_id}' ({request.query_id}):")
             lines += [f"{turn['role']}: {turn['content']}" for turn in request.messages]
     return lines
+
+
+def _chosen(context: Context, passages: list[tuple[str, str, str]]) -> list[str]:
+    """The passages that queries would be written for, as the generate stage chooses them."""
+    config = context.config.llm
+    left_out = {key for key, _, _ in near_duplicates((key, text or title) for key, title, text in passages)}
+    usable = [row for row in passages if row[0] not in left_out]
+    return sample(usable, config.passages, way=config.sample, seed=context.config.seed)
+
+
+def _kept(context: Context, asked: list[Request], texts: dict[str, str], buckets: int) -> float:
+    """The share of these requests that has a reply in the store."""
+    config = context.config.llm
+    cache = ContentCache(context.store / "replies", digest(generator(config, model_of(config))), REPLY)
+    bucket = {r.passage_id: bucket_of(texts[r.passage_id], buckets) for r in asked}
+    known = {b: cache.read(b, buckets) for b in sorted(set(bucket.values()))}
+    found = [cache.key(r.question(), "") in known[bucket[r.passage_id]] for r in asked]
+    return sum(found) / max(1, len(found))
 
 
 def _tokens(config: LlmConfig, asked: list[Request]) -> tuple[list[float], str]:

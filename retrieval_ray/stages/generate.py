@@ -29,14 +29,15 @@ from retrieval_ray.stages.encode import part_texts
 from retrieval_ray.stages.ingest import corpus_table, duplicates
 from retrieval_ray.stages.parts import run_parts
 
-VERSION = 1
+VERSION = 2
 Ask = Callable[[Context, Asking, Model, list[Block], str], dict[str, Any]]
 ENGINES: dict[str, Ask] = {"vllm": ask_vllm.ask, "endpoint": ask_endpoint.ask}
 # Arguments of vLLM that say how to compute, not what.
 _EXECUTION = {
     "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpu_memory_utilization",
     "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching",
-    "distributed_executor_backend", "max_model_len", "swap_space",
+    "distributed_executor_backend", "max_model_len", "swap_space", "cpu_offload_gb", "block_size",
+    "disable_log_stats", "disable_log_requests", "download_dir", "load_format", "max_lora_rank", "max_loras",
 }  # fmt: skip
 
 
@@ -83,6 +84,11 @@ def write(
     }
     target = stage(context.store, "generate", identity)
     label = f"queries for '{name}' by {config.model}"
+    if target.finished() and not context.dry_run:
+        facts = target.manifest()
+        if facts["failed"] > config.max_failed * facts["rows"]:
+            say(f"{label}: {facts['failed']} requests had failed, more than llm.max_failed allows now")
+            target.reopen()
     if not context.start(target, label):
         return target
     cluster.join(context.config.compute)
@@ -95,9 +101,11 @@ def write(
     asking.forget_failures()
     facts = _ask(context, asking, model, todo, label)
     requests = sum(wanted.kinds.values()) * sum(len(part["passages"]) for part in parts)
-    errors = Counter(asking.failures().values())
-    _refuse_failures(config, errors, requests)
+    _refuse_failures(config, Counter(asking.failures().values()), requests)
     run_parts(context, f"{label}: parts", _Writer, {"asking": asking}, todo, gpus=False)
+    errors = Counter(  # also those of parts that an earlier run wrote
+        error for name in names for error in target.read(name, ["error"]).column(0).to_pylist() if error
+    )
     seconds = max(facts["seconds"], 1e-9)
     context.finish(
         target,
@@ -158,6 +166,8 @@ def generator(config: LlmConfig, model: Model) -> dict[str, Any]:
     if config.engine == "vllm":
         engine = {key: value for key, value in sorted(config.vllm.items()) if key not in _EXECUTION}
         engine["lora"] = _adapter(config.lora) if config.lora else None
+    else:
+        engine = {"body": dict(config.body)}
     return {
         "engine": config.engine,
         "model": model.sha,
@@ -204,7 +214,10 @@ def _refuse_failures(config: LlmConfig, errors: Counter[str], requests: int) -> 
             "command again and only the rest is asked"
         )
     if failed:
-        say(f"  warning: {failed} of {requests} requests have no reply; they stand in rejects")
+        say(
+            f"  warning: {failed} of {requests} requests have no reply; they stand in rejects "
+            "(llm.max_failed=0 asks them again)"
+        )
 
 
 class _Counter:
@@ -233,6 +246,7 @@ class _Writer:
                 "error": reply.error,
                 "tokens_in": reply.tokens_in,
                 "tokens_out": reply.tokens_out,
+                "cut": reply.cut,
             }
             for request, reply in self.asking.replies(part)
         ]

@@ -27,7 +27,7 @@ from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.generate import replies_of
 from retrieval_ray.stages.ingest import corpus_table, duplicates, texts_by_id
 
-VERSION = 2
+VERSION = 3
 _SHOWN = 5  # samples of each reason
 Row = dict[str, object]
 
@@ -192,7 +192,7 @@ def read_replies(context: Context, corpus: Stage, generated: Stage) -> tuple[lis
         if row["text"] is None:
             rejects.append((row["query_id"], "no_reply", row["error"] or ""))
             continue
-        if row["tokens_out"] >= config.llm.max_tokens and "\n" not in row["text"].strip():
+        if row["cut"] and "\n" not in row["text"].strip():
             rejects.append((row["query_id"], "cut_off", row["text"]))
             continue
         query = parse(

@@ -8,9 +8,9 @@ import pytest
 
 from retrieval_ray.config import LlmConfig
 from retrieval_ray.errors import UserError
-from retrieval_ray.model_files import BUNDLED, hub_id
+from retrieval_ray.model_files import BUNDLED, Model, hub_id
 from retrieval_ray.prompts import JSON_SCHEMA, Request, Wanted, read_pool
-from retrieval_ray.stages import ask_vllm
+from retrieval_ray.stages import ask_vllm, generate
 
 from .llm import make_llm
 
@@ -33,6 +33,41 @@ def test_rows_carry_sampling_seed_and_adapter() -> None:
     plain = ask_vllm._Preprocess(ask_vllm.sampling(LlmConfig()), None, seeds=False)({"seed": 5})
     assert "seed" not in plain["sampling_params"] and "model" not in plain
     assert "structured_outputs" not in plain["sampling_params"]
+
+
+@pytest.mark.parametrize(("written", "cut"), [(8, False), (9, True)])
+def test_a_reply_as_long_as_it_may_be_counts_as_cut(written: int, cut: bool) -> None:
+    row = {"key": "00", "query_id": "q", "number": 3, "generated_text": "a b", "num_input_tokens": 7}
+    reply = ask_vllm._normalised(ask_vllm._ReplyRow(9)({**row, "num_generated_tokens": written}))
+    assert reply["cut"] is cut and reply["tokens_out"] == written and reply["error"] is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.7}, {"top_p": 0.9}, {"max_tokens": 63}, {"structured": True}, {"engine": "endpoint"},
+        {"chat_template": {"enable_thinking": False}}, {"vllm": {"quantization": "fp8"}},
+        {"vllm": {"dtype": "bfloat16"}},
+    ],
+)  # fmt: skip
+def test_what_changes_a_reply_changes_the_generators_name(change: dict[str, Any]) -> None:
+    model = Model("/models/writer", "a" * 64)
+    own = generate.generator(LlmConfig(), model)
+    assert generate.generator(LlmConfig(**change), model) != own
+    assert generate.generator(LlmConfig(), Model("/models/writer", "b" * 64)) != own
+
+
+def test_how_a_reply_is_computed_does_not() -> None:
+    model = Model("/models/writer", "a" * 64)
+    how = {"tensor_parallel_size": 4, "gpu_memory_utilization": 0.8, "download_dir": "/fast", "block_size": 32}
+    assert generate.generator(LlmConfig(vllm=how, replicas=7), model) == generate.generator(LlmConfig(), model)
+    served = [
+        generate.generator(LlmConfig(engine="endpoint", url=url, concurrency=n, retries=n), model)
+        for url, n in (("http://a/v1", 1), ("http://b/v1", 9))
+    ]
+    assert served[0] == served[1]
+    with_body = LlmConfig(engine="endpoint", body={"max_completion_tokens": 50})
+    assert generate.generator(with_body, model) != served[0]
 
 
 @pytest.mark.parametrize(
