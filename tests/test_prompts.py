@@ -318,8 +318,8 @@ def test_our_pool_shows_every_kind_at_least_twelve_different_replies(kind: str) 
     for passage, reply in pairs:
         assert 0 < len(reply.split()) < 20
         assert len(passage) <= PASSAGE_CHARS  # or the reply may be about what was cut
-        assert parse(reply, passage, language=None, max_words=64, max_copied=0.7) == reply
-        assert parse(reply, passage, language="en", max_words=64, max_copied=0.7) == reply
+        assert parse(reply, passage, kind=kind, language=None, max_words=64, max_copied=0.7) == reply
+        assert parse(reply, passage, kind=kind, language="en", max_words=64, max_copied=0.7) == reply
 
 
 def test_our_exemplars_are_what_their_kind_says() -> None:
