@@ -4,8 +4,9 @@ The kinds are CADET's (arXiv 2505.19274 and 2502.19712): question, claim, title,
 user would type, without examples (``user_query``) and with them (``user_query_few_shot``). The words
 are ours. Exemplars stand as earlier turns of the conversation, so the reply needs no marks around it;
 instructions stand in the first user turn, because some chat templates know no system role. What many
-prompts share comes first: instruction, then exemplars, then the passage, so an engine that keeps
-prefixes computes the first two once for every passage that draws the same exemplars.
+prompts share comes first: what all kinds are told, the kind's own instruction, exemplars, and last the
+passage, so an engine that keeps prefixes computes all but the passage once for every passage that draws
+the same exemplars.
 """
 
 import hashlib
@@ -20,27 +21,31 @@ from typing import Any
 from retrieval_ray.errors import UserError
 from retrieval_ray.generator import query_id_of
 
-PROMPT_VERSION = "prompts-1"
+PROMPT_VERSION = "prompts-2"
 EXEMPLARS = 3  # shown in a prompt, as in the papers' code
 PASSAGE_CHARS = 2048  # the papers' cut
 Messages = list[dict[str, str]]
 
+_START = (
+    "You help to build a search engine. You will be given passages. For each, first find its main idea, "
+    "which you keep to yourself; then"
+)
+_ALONE = "make sense on its own to someone who has not seen the passage"
 _COMMON = (
-    "Use fewer than 20 words. It must be clear to someone who has not seen the passage, it must be about "
-    "what the passage says, and it must not repeat long pieces of the passage's wording."
+    f"Use fewer than 20 words. It must {_ALONE}, and must not repeat long pieces of the passage's wording."
 )
 _TASKS = {
-    "question": f"write one natural question that the passage answers. {_COMMON}",
-    "claim": "write one specific claim, a single sentence that could be checked, which the passage "
-    f"supports. {_COMMON}",
-    "title": f"write a short title for the passage. {_COMMON}",
-    "keywords": "write up to 5 keywords or short phrases for what the passage is about, separated by "
-    "commas. Prefer general terms to the passage's own phrases, and repeat none.",
-    "user_query": "write what somebody would casually type into a search box when this passage is what "
-    "they need: a few words on the topic, a short description, or a question. They do not know the "
-    f"passage's wording. {_COMMON}",
-    "user_query_few_shot": "write the search query of somebody who needs this passage, in the manner of "
-    f"the examples. {_COMMON}",
+    "question": f"write one natural question about it that the passage answers directly. {_COMMON}",
+    "claim": "write one specific claim about it, a single sentence that could be checked and that the "
+    f"passage supports directly. {_COMMON}",
+    "title": f"write one short title for it, which fits what the passage directly deals with. {_COMMON}",
+    "keywords": "write up to 5 keywords or short phrases for it, separated by commas. Prefer general terms "
+    f"to phrases copied from the passage, and repeat none. Each must {_ALONE}.",
+    "user_query": "write one query about it as somebody would casually type or say it to a search engine: a "
+    "phrase that names the topic, a brief description, or a question. The passage answers it directly, but "
+    f"they do not know its wording. {_COMMON}",
+    "user_query_few_shot": "write one natural search query about it that the passage answers directly, in "
+    f"the manner of the examples. {_COMMON}",
 }
 KINDS = tuple(_TASKS)
 # The column of the pool that shows a kind; user_query is shown nothing.
@@ -182,11 +187,8 @@ def messages(
     structured: the reply is to be JSON (``JSON_SCHEMA``), and the exemplars show it so.
     """
     wanted = f"in the language '{language}'" if language else "in the passage's language"
-    form = 'as JSON: {"query": "..."}' if structured else "as plain text on one line"
-    instruction = (
-        "You help to build a search engine. You will be given passages; for each, "
-        f"{_TASKS[kind]} Write it {wanted}. Reply with the {_NAMES[kind]} alone, {form}."
-    )
+    form = 'as plain text in JSON: {"query": "..."}' if structured else "as plain text on one line"
+    instruction = f"{_START} {_TASKS[kind]} Write it {wanted}. Reply with the {_NAMES[kind]} alone, {form}."
     turns: Messages = []
     for text, written in exemplars:
         reply = json.dumps({"query": written}, ensure_ascii=False) if structured else written

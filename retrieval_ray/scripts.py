@@ -1,4 +1,4 @@
-"""Which script a text is written in, and which one a language is written in."""
+"""Which script a text is written in, and which ones a language is written in."""
 
 import functools
 from collections import Counter
@@ -7,36 +7,70 @@ import regex
 
 from retrieval_ray.words import surface_words
 
-_CODES = {
-    "Cyrillic": "ru rus uk ukr be bel bg bul mk mkd ky kir tg tgk", "Greek": "el ell gre",
-    "Arabic": "ar ara arb fa fas per ur urd ps pus ckb ug uig", "Hebrew": "he heb yi yid",
-    "Devanagari": "hi hin mr mar ne nep sa san", "Bengali": "bn ben as asm", "Tamil": "ta tam",
-    "Telugu": "te tel", "Kannada": "kn kan", "Malayalam": "ml mal", "Gujarati": "gu guj", "Oriya": "or ori",
-    "Gurmukhi": "pa pan", "Sinhala": "si sin", "Thai": "th tha", "Lao": "lo lao", "Khmer": "km khm",
-    "Myanmar": "my mya bur", "Tibetan": "bo bod dz dzo", "Hangul": "ko kor", "Han": "zh zho chi yue",
-    "Kana": "ja jpn", "Georgian": "ka kat geo", "Armenian": "hy hye arm", "Ethiopic": "am amh ti tir",
-    "Thaana": "dv div",
+# The languages of each script by their ISO 639 codes (all of 639-1 that have one of these scripts, the most
+# frequent of 639-2) and English names. A language in several lines may be written in each of them.
+_LANGUAGES = {
+    "Latin": """
+        aa af ak an ay az bi bm br bs ca ch co cs cy da de ee en eo es et eu ff fi fj fo fr fy ga gd
+        gl gn gv ha ho hr ht hu hz ia id ie ig ik io is it jv kg ki kj kk kl kr ku kw la lb lg li ln
+        lt lu lv mg mh mi ms mt na nb nd ng nl nn no nr nv ny oc oj om pl pt qu rm rn ro rw sc se sg
+        sh sk sl sm sn so sq sr ss st su sv sw tk tl tn to tr ts tt tw ty uz ve vi vo wa wo xh yo za
+        zu
+        afr alb aze baq bos bre cat ceb ces cze cym dan deu dut eng epo est eus fao fil fin fra fre
+        ger gla gle glg hau hrv hun ibo ice ind isl ita jav kaz kin kur lat lav lit ltz mao may mlg
+        mlt mri msa nld nno nob nor nya oci orm pol por que ron rum run slk slo slv smo sna som sot
+        spa sqi srp sun swa swe tgl tsn tuk tur uzb vie wel wol xho yor zul
+        afrikaans albanian azerbaijani basque bosnian breton catalan cebuano chichewa corsican
+        croatian czech danish deutsch dutch english esperanto español estonian faroese filipino
+        finnish flemish français french frisian gaelic galician german hausa hawaiian hungarian
+        icelandic igbo indonesian irish italian italiano javanese kazakh kinyarwanda kurdish latin
+        latvian lithuanian luxembourgish malagasy malay maltese maori māori nederlands norwegian
+        occitan oromo polish polski português portuguese quechua romanian samoan serbian sesotho
+        shona slovak slovene slovenian somali spanish sundanese swahili swedish tagalog turkish
+        turkmen uzbek vietnamese welsh wolof xhosa yoruba zulu""",
+    "Cyrillic": """
+        ab av az ba be bg bs ce cu cv kk kv ky mk mn os ru sh sr tg tk tt uk uz
+        aze bak bel bos bul chv kaz kir mac mkd mon rus srp tat tgk tuk ukr uzb
+        azerbaijani bashkir belarusian bosnian bulgarian chechen chuvash kazakh kyrgyz macedonian
+        mongolian russian serbian tajik tatar turkmen ukrainian uzbek""",
+    "Arabic": """
+        ar az fa ha kk ks ku ps sd ug ur
+        ara arb aze ckb fas hau kas kaz kur per prs pus snd uig urd
+        arabic azerbaijani dari farsi hausa kashmiri kazakh kurdish pashto persian sindhi sorani
+        uighur urdu uyghur""",
+    "Devanagari": """
+        bh hi ks mr ne pi sa sd
+        bho hin kas mai mar nep san snd
+        bhojpuri hindi kashmiri maithili marathi nepali pali sanskrit sindhi""",
+    "Han": "zh ja zho chi cmn yue jpn chinese mandarin cantonese japanese 日本語",  # kana may be absent
+    "Kana": "ja jpn japanese 日本語", "Hangul": "ko kor korean",
+    "Greek": "el ell gre greek", "Hebrew": "he iw yi heb yid hebrew yiddish",
+    "Georgian": "ka kat geo georgian", "Armenian": "hy hye arm armenian",
+    "Bengali": "bn as ben asm bengali bangla assamese", "Gurmukhi": "pa pan punjabi",
+    "Gujarati": "gu guj gujarati", "Oriya": "or ori odia oriya", "Tamil": "ta tam tamil",
+    "Telugu": "te tel telugu", "Kannada": "kn kan kannada", "Malayalam": "ml mal malayalam",
+    "Sinhala": "si sin sinhala sinhalese", "Thaana": "dv div dhivehi divehi", "Thai": "th tha thai",
+    "Lao": "lo lao", "Khmer": "km khm khmer cambodian", "Myanmar": "my mya bur burmese",
+    "Tibetan": "bo dz bod tib dzo tibetan dzongkha", "Mongolian": "mn mon mongolian", "Yi": "ii iii nuosu",
+    "Ethiopic": "am ti amh tir amharic tigrinya",
 }  # fmt: skip
-_NAMES = {
-    "Cyrillic": "russian ukrainian belarusian bulgarian macedonian kyrgyz tajik", "Greek": "greek",
-    "Arabic": "arabic persian farsi dari urdu pashto uyghur", "Hebrew": "hebrew yiddish",
-    "Devanagari": "hindi marathi nepali sanskrit", "Bengali": "bengali bangla assamese",
-    "Tamil": "tamil", "Telugu": "telugu", "Kannada": "kannada", "Malayalam": "malayalam",
-    "Gujarati": "gujarati", "Oriya": "odia oriya", "Gurmukhi": "punjabi", "Sinhala": "sinhala sinhalese",
-    "Thai": "thai", "Lao": "lao", "Khmer": "khmer", "Myanmar": "burmese", "Tibetan": "tibetan dzongkha",
-    "Hangul": "korean", "Han": "chinese mandarin cantonese", "Kana": "japanese", "Georgian": "georgian",
-    "Armenian": "armenian", "Ethiopic": "amharic tigrinya", "Thaana": "dhivehi divehi",
+_SCRIPTS_OF: dict[str, frozenset[str]] = {}
+for _script, _languages in _LANGUAGES.items():
+    for _language in _languages.split():
+        _SCRIPTS_OF[_language] = _SCRIPTS_OF.get(_language, frozenset()) | {_script}
+# What says the script beside the language: ISO 15924's codes, as in zh-Hant, and words.
+_SUBTAGS = {
+    "latn": "Latin", "latin": "Latin", "cyrl": "Cyrillic", "cyrillic": "Cyrillic", "arab": "Arabic",
+    "deva": "Devanagari", "grek": "Greek", "hebr": "Hebrew", "beng": "Bengali", "taml": "Tamil",
+    "telu": "Telugu", "knda": "Kannada", "mlym": "Malayalam", "gujr": "Gujarati", "orya": "Oriya",
+    "guru": "Gurmukhi", "sinh": "Sinhala", "thai": "Thai", "laoo": "Lao", "khmr": "Khmer", "mymr": "Myanmar",
+    "tibt": "Tibetan", "kore": "Hangul", "hang": "Hangul", "yiii": "Yi", "hani": "Han", "hans": "Han",
+    "hant": "Han", "jpan": "Han Kana", "hrkt": "Kana", "hira": "Kana", "kana": "Kana", "geor": "Georgian",
+    "armn": "Armenian", "ethi": "Ethiopic", "thaa": "Thaana", "mong": "Mongolian",
 }  # fmt: skip
-# Written in more than one script: nothing can be asked of them.
-_SEVERAL = set(
-    "sr srp serbian bs bos bosnian kk kaz kazakh uz uzb uzbek az aze azerbaijani mn mon mongolian "
-    "ku kur kurdish tt tat tatar sd snd sindhi ha hausa".split()
-)
-_SUBTAGS = {"latn": "Latin", "cyrl": "Cyrillic", "arab": "Arabic", "deva": "Devanagari"}
-_SCRIPT_OF = {word: script for t in (_CODES, _NAMES) for script, words in t.items() for word in words.split()}
 _LETTER = regex.compile(
-    r"(?P<Latin>\p{Latin})|(?P<Kana>[\p{Hiragana}\p{Katakana}])|"
-    + "|".join(rf"(?P<{name}>\p{{{name}}})" for name in _CODES if name != "Kana")
+    r"(?P<Kana>[\p{Hiragana}\p{Katakana}])|"
+    + "|".join(rf"(?P<{name}>\p{{{name}}})" for name in _LANGUAGES if name != "Kana")
 )
 
 
@@ -46,22 +80,27 @@ def script_of(text: str) -> str | None:
     return max(counts, key=lambda name: counts[name]) if counts else None
 
 
-def script_of_language(language: str) -> str | None:
-    """The script of a language, given as a name or a code; None where it has several.
+def scripts_of_language(language: str) -> frozenset[str] | None:
+    """The scripts that a language may be written in; None where the language is not known.
 
-    Latin where nothing else is known: a language of another script must be known by name, by code, or by
-    its own name for itself ("日本語").
+    language: a code, alone or with subtags ("pt-BR", "zh_Hant"), of which the script's has the last word
+    ("sr-Latn"); an English name ("Simplified Chinese", "Serbian (Cyrillic)"); or a name in the language's
+    own letters, if they are not Latin ones.
     """
-    code, *subtags = regex.split(r"[-_]", language.lower())
-    keys = [code, *regex.findall(r"\w{4,}", language.lower())]  # "Simplified Chinese"
-    known = [_SUBTAGS[tag] for tag in subtags if tag in _SUBTAGS]
-    known += [_SCRIPT_OF[key] for key in keys if key in _SCRIPT_OF]
-    if known:
-        return known[0]
-    return None if _SEVERAL.intersection(keys) else script_of(language)
+    pieces = regex.findall(r"[\p{L}\p{M}\p{N}]+", language.lower())
+    for tag in pieces[1:]:
+        if tag in _SUBTAGS:
+            return frozenset(_SUBTAGS[tag].split())
+    # A code stands first and alone: the "Te" of "Te reo Māori" is not Telugu.
+    code = regex.split(r"[-_]", language.lower())[0].strip()
+    for key in (code, *(piece for piece in pieces if len(piece) > 3)):
+        if key in _SCRIPTS_OF:
+            return _SCRIPTS_OF[key]
+    own = script_of(language)
+    return None if own in (None, "Latin") else frozenset({own})
 
 
-def written_in(text: str) -> set[str | None]:
+def written_in(text: str) -> set[str]:
     """The scripts that a text counts as written in.
 
     Latin names and terms stand in texts of every language ("как установить PostgreSQL на Ubuntu"), so a

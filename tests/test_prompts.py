@@ -66,24 +66,81 @@ def test_there_are_six_kinds() -> None:
     assert KINDS == ("question", "claim", "title", "keywords", "user_query", "user_query_few_shot")
 
 
+ALL = (
+    "find its main idea",
+    "on its own to someone who has not seen the passage",
+    "as plain text on one line",
+)
+SENTENCES = ("Use fewer than 20 words", "not repeat long pieces of the passage's wording", "directly")
+CONSTRAINTS = {
+    "question": (
+        "write one natural question", "the passage answers directly", "Reply with the question alone",
+    ),
+    "claim": ("write one specific claim", "the passage supports directly", "Reply with the claim alone"),
+    "title": ("write one short title", "the passage directly deals with", "Reply with the title alone"),
+    "keywords": (
+        "write up to 5 keywords", "separated by commas", "repeat none",
+        "Prefer general terms to phrases copied from the passage", "Reply with the keywords alone",
+    ),
+    "user_query": (
+        "write one query", "casually type or say", "names the topic, a brief description, or a question",
+        "The passage answers it directly", "do not know its wording", "Reply with the query alone",
+    ),
+    "user_query_few_shot": (
+        "write one natural search query", "the passage answers directly", "in the manner of the examples",
+        "Reply with the query alone",
+    ),
+}  # fmt: skip
+
+
+def instruction_of(kind: str, *, structured: bool = False) -> str:
+    first = messages(kind, "Text.", [], language=None, structured=structured)[0]["content"]
+    return first.removesuffix("\n\nPassage: Text.")
+
+
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "constraint"),
     [
-        ("question", "one natural question"),
-        ("claim", "one specific claim"),
-        ("title", "a short title"),
-        ("keywords", "up to 5 keywords"),
-        ("user_query", "casually type into a search box"),
-        ("user_query_few_shot", "in the manner of the examples"),
+        (kind, constraint)
+        for kind in KINDS
+        for constraint in (*ALL, *CONSTRAINTS[kind], *(SENTENCES if kind != "keywords" else ()))
     ],
 )
-def test_a_prompt_asks_for_its_kind_alone_on_one_line(kind: str, words: str) -> None:
-    first = messages(kind, "Text.", [], language=None)[0]["content"]
-    assert words in first and "as plain text on one line" in first
-    for other in set(KINDS) - {kind}:
-        assert messages(other, "Text.", [], language=None)[0]["content"] != first
-    if kind != "keywords":  # which are general terms and no sentence
-        assert "fewer than 20 words" in first and "not repeat long pieces" in first
+def test_a_prompt_states_every_constraint_of_its_kind(kind: str, constraint: str) -> None:
+    assert constraint in instruction_of(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_asks_for_no_other_kind(kind: str) -> None:
+    others = {words[0] for other, words in CONSTRAINTS.items() if other != kind}
+    assert not any(asked in instruction_of(kind) for asked in others)
+    assert ("casually" in instruction_of(kind)) == (kind == "user_query")
+    assert ("comma" in instruction_of(kind)) == (kind == "keywords")
+    assert ("examples" in instruction_of(kind)) == (kind == "user_query_few_shot")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_main_idea_is_found_first_and_is_not_the_reply(kind: str) -> None:
+    first = instruction_of(kind)
+    assert first.index("main idea, which you keep to yourself") < first.index(CONSTRAINTS[kind][0])
+    assert first.index(CONSTRAINTS[kind][0]) < first.index("alone, as plain text")
+
+
+def test_what_all_kinds_are_told_comes_first() -> None:
+    shared = os.path.commonprefix([instruction_of(kind) for kind in KINDS])
+    assert shared.endswith("then write ") and len(shared) > 100
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_structured_reply_is_asked_for_and_shown_as_json(kind: str) -> None:
+    asked = f"{instruction_of(kind).rpartition('alone, ')[0]}alone, "
+    assert instruction_of(kind, structured=True) == asked + 'as plain text in JSON: {"query": "..."}.'
+    exemplars = POOL.draw(kind, "p", seed=0, sets=None)
+    plain = messages(kind, "Text.", exemplars, language=None)
+    shown = messages(kind, "Text.", exemplars, language=None, structured=True)
+    assert [json.loads(turn["content"]) for turn in shown[1::2]] == [
+        {"query": turn["content"]} for turn in plain[1::2]
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,6 +153,9 @@ def test_a_prompt_is_a_conversation_that_ends_with_the_passage(kind: str) -> Non
     rows = {(example["passage"], example.get(COLUMNS.get(kind, ""))) for example in POOL.rows}
     for ask, reply in zip(request.messages[:-1:2], request.messages[1::2], strict=True):
         assert (ask["content"].rpartition("Passage: ")[2], reply["content"]) in rows
+    asked = [turn["content"] for turn in request.messages if turn["role"] == "user"]
+    assert asked[0].startswith(f"{instruction_of(kind)}\n\nPassage: ")  # and is said once
+    assert all(content.startswith("Passage: ") for content in asked[1:])
 
 
 @given(st.text(min_size=1), st.integers(0, 40))
@@ -204,7 +264,7 @@ def test_the_prompts_are_those_of_earlier_runs() -> None:
     asked = wanted(dict.fromkeys(KINDS, 2), sets=32, seed=7).requests(PASSAGES[:8])
     said = json.dumps([[r.query_id, r.messages, r.seed] for r in asked])
     found = hashlib.sha256(said.encode()).hexdigest()[:16]
-    assert (PROMPT_VERSION, found) == ("prompts-1", "e41c9941cd5cc997")
+    assert (PROMPT_VERSION, found) == ("prompts-2", "646a69307c9f111a")
 
 
 def test_the_version_of_the_prompts_is_part_of_an_id(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,8 +378,8 @@ def test_our_pool_shows_every_kind_at_least_twelve_different_replies(kind: str) 
     for passage, reply in pairs:
         assert 0 < len(reply.split()) < 20
         assert len(passage) <= PASSAGE_CHARS  # or the reply may be about what was cut
-        assert parse(reply, passage, language=None, max_words=64, max_copied=0.7) == reply
-        assert parse(reply, passage, language="en", max_words=64, max_copied=0.7) == reply
+        assert parse(reply, passage, kind=kind, language=None, max_words=64, max_copied=0.7) == reply
+        assert parse(reply, passage, kind=kind, language="en", max_words=64, max_copied=0.7) == reply
 
 
 def test_our_exemplars_are_what_their_kind_says() -> None:

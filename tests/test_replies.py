@@ -1,14 +1,17 @@
 """Replies: a natural query passes as it stands; everything else is cleaned, or dropped with its reason."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from retrieval_ray.prompts import JSON_SCHEMA
-from retrieval_ray.replies import Drop, is_copied, parse
-from retrieval_ray.scripts import script_of, script_of_language
+from retrieval_ray import demo
+from retrieval_ray.checks import is_copied
+from retrieval_ray.prompts import JSON_SCHEMA, KINDS
+from retrieval_ray.replies import Drop, parse
+from retrieval_ray.scripts import script_of
 from retrieval_ray.words import surface_words
 
 ENGLISH = "Granite is a coarse igneous rock that forms when magma cools slowly below the surface."
@@ -23,32 +26,38 @@ PASSAGES = {
     "hi": "ग्रेनाइट तब बनता है जब मैग्मा धरती के नीचे धीरे-धीरे ठंडा होता है।",
 }
 LANGUAGES = st.sampled_from([None, "en", "German", "ru", "ja", "zh", "Thai"])
-OPENINGS = (
-    "{",
-    '{"query": ',
-    "```",
-    "<think>",
-    "**",
-    '"',
-    "- ",
-    "1. ",
-    "Query: ",
-    "Sure! ",
-    "\u2028",
-    "\x00",
-)
-REPLIES = st.lists(st.text(max_size=12) | st.sampled_from(OPENINGS), max_size=6).map("".join)
+PIECES = (
+    "{", '{"query": ', "[", '["', "```", "<think>", "</think>", "<|eot_id|>", "assistant", "<b>", "</b>", "_",
+    "**", '"', "“", "- ", "1. ", "2. ", ", ", "\n", "\n\n", "\u2028", "\x00", "Query: ", "Sure! ",
+    "I cannot ", "Here is a question: ", "Main idea: ", "Let me know if ", "granite ",
+)  # fmt: skip
+REPLIES = st.lists(st.text(max_size=12) | st.sampled_from(PIECES), max_size=8).map("".join)
+REASONS = {"empty", "thought", "refusal", "preamble", "cut", "too_long", "other_script", "copied"}
 
 
 def read(
-    reply: str, passage: str = ENGLISH, *, language: str | None = None, words: int = 64, copied: float = 0.7
+    reply: str,
+    passage: str = ENGLISH,
+    *,
+    kind: str = "question",
+    language: str | None = None,
+    words: int = 64,
+    copied: float = 0.7,
+    cut: bool = False,
 ) -> str | Drop:
-    return parse(reply, passage, language=language, max_words=words, max_copied=copied)
+    return parse(reply, passage, kind=kind, language=language, max_words=words, max_copied=copied, cut=cut)
 
 
-def reason(reply: str, passage: str = ENGLISH, *, language: str | None = None) -> str:
+def reason(
+    reply: str,
+    passage: str = ENGLISH,
+    *,
+    kind: str = "question",
+    language: str | None = None,
+    cut: bool = False,
+) -> str:
     """The reason for which a reply is dropped, and the query itself where it is not."""
-    found = read(reply, passage, language=language)
+    found = read(reply, passage, kind=kind, language=language, cut=cut)
     return found if isinstance(found, str) else found[0]
 
 
@@ -82,6 +91,19 @@ def reason(reply: str, passage: str = ENGLISH, *, language: str | None = None) -
         "I am unable to log in",
         "i won't be home for christmas song",
         "i couldn't care less or could care less",
+        "I can't log in to my account",
+        "i won't write that off meaning",
+        "I can't do this anymore lyrics",
+        "i have to decline a job offer politely",
+        "i am not comfortable writing in cursive",
+        "Could you please provide proof of identity online?",
+        "can you share a document in google docs with view only",
+        "could you send money with western union",
+        "please provide a valid email address error",
+        "i need more information to apply for a passport",
+        "i need more space on my iphone",
+        "you didn't include a return address usps",
+        "it is not possible to create a folder in onedrive",
         "as a large family how do we save money",
         "as a language teacher where can i work abroad",
         "As an AI engineer, what should I learn first?",
@@ -115,6 +137,11 @@ def reason(reply: str, passage: str = ENGLISH, *, language: str | None = None) -
         "i want to write a book",
         "we need to talk about kevin",
         "people also ask api",
+        "main idea of plato's republic",
+        "here's what you need to know about granite",
+        "let me know synonym",
+        "assistant manager salary",
+        "answer key for chapter 4",
         # what looks like markup, code or a list
         "C++",
         "42",
@@ -135,6 +162,16 @@ def reason(reply: str, passage: str = ENGLISH, *, language: str | None = None) -
         "1. FC Köln",
         "2. Weltkrieg Ursachen",
         "what does </think> mean in deepseek",
+        "what does <|endoftext|> mean",
+        "is a < b < c allowed in python",
+        "List<String> to String[] java",
+        "vector<vector<int>> c++",
+        "<b> vs <strong> in html",
+        "how to use <br> in html",
+        "2**3**2 in python",
+        "what does **/test/** match in gitignore",
+        '["a", "b"] to pandas column',
+        "[object Object] in javascript",
         "how to use 🙏 emoji",
         "json.dumps(obj, indent=2)",
         "user_id is null",
@@ -143,6 +180,14 @@ def reason(reply: str, passage: str = ENGLISH, *, language: str | None = None) -
 def test_a_natural_query_passes_as_it_stands(query: str) -> None:
     assert read(query, "", language=None) == query
     assert read(query, ENGLISH, language="en") == query or script_of(query) != "Latin"
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "queries.jsonl"])
+def test_every_query_that_people_wrote_for_the_demo_passes(name: str) -> None:
+    lines = (Path(demo.__file__).parent / name).read_text().splitlines()
+    queries = [" ".join(json.loads(line)["text"].split()) for line in lines]
+    assert len(queries) > 500
+    assert [query for query in queries if read(query, "", language="en") != query] == []
 
 
 @pytest.mark.parametrize(
@@ -235,6 +280,72 @@ def test_a_natural_query_of_another_language_passes_as_it_stands(language: str, 
         "how is granite made\ufffd",
         "how is granite\x00made",
         "how is granite made\u2028or formed",
+        # other quotes and markup
+        "« how is granite made »",
+        "„how is granite made”",
+        "‹how is granite made›",
+        "《how is granite made》",
+        "``how is granite made``",
+        "``how is granite made''",
+        '"how is granite made".',
+        "### how is granite made",
+        "__how is granite made__",
+        "how is **granite** made",
+        "<b>how is granite made</b>",
+        "how is <em>granite</em> made",
+        "<p><b>how is granite made</b></p>",
+        "<question>\nhow is granite made\n</question>",
+        # labels and headings
+        "Answer: how is granite made",
+        "**Answer:** how is granite made",
+        "Final answer: how is granite made",
+        "**Title**\nhow is granite made",
+        "### Search query\n\nhow is granite made",
+        # alternatives: the first one
+        "- how is granite made\n- what is granite",
+        "1) how is granite made\n2) what is granite",
+        '["how is granite made"]',
+        '["how is granite made", "what is granite"]',
+        '[{"query": "how is granite made"}]',
+        '{"queries": ["how is granite made", "what is granite"]}',
+        '{"query": ["how is granite made"]}',
+        # what a template leaves
+        "assistant\n\nhow is granite made",
+        "assistant: how is granite made",
+        "<|start_header_id|>assistant<|end_header_id|>\n\nhow is granite made<|eot_id|>",
+        "<|im_start|>assistant\nhow is granite made<|im_end|>\n<|im_start|>user\nand you",
+        "<start_of_turn>model\nhow is granite made<end_of_turn>",
+        "<s> how is granite made </s>",
+        "how is granite made</s>",
+        "how is granite made<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nwhat is granite",
+        "how is granite made<｜end▁of▁sentence｜>",
+        # what is said before
+        "Here is a question:\n\nhow is granite made",
+        "**Here is a question:**\n**how is granite made**",
+        "Here is a question: how is granite made",
+        "Here's a possible search query: how is granite made",
+        "Here is my attempt:\nhow is granite made",
+        "Here's what someone might type: how is granite made",
+        "Here you go: how is granite made",
+        "Sure! how is granite made",
+        "Sure.\nhow is granite made",
+        "Sure! Here's one:\nhow is granite made",
+        "Sure, I'd be happy to help! Here is a question:\n\nhow is granite made",
+        "Sure thing! How about: how is granite made",
+        "Based on the passage, here is a question: how is granite made",
+        'A natural question would be: "how is granite made"',
+        'The query is "how is granite made"',
+        "One possible question that someone might ask is: how is granite made",
+        "A user might ask: how is granite made",
+        "Main idea: magma cools slowly.\nQuestion: how is granite made",
+        "**Main idea:** Magma cools slowly. **Question:** how is granite made",
+        "The main idea of the passage is that magma cools.\n\nhow is granite made",
+        "Voici une question :\nhow is granite made",
+        "Hier ist eine mögliche Suchanfrage: how is granite made",
+        "以下是一个问题：\nhow is granite made",
+        # and after
+        "how is granite made\nLet me know if you want another.",
+        "how is granite made\n\nNote: I kept it general.",
     ],
 )
 def test_only_the_query_is_left_of_a_reply(reply: str) -> None:
@@ -261,20 +372,40 @@ def test_labels_and_marks_go_and_what_belongs_to_the_query_stays(reply: str, exp
     assert read(reply) == expected
 
 
-@given(REPLIES, LANGUAGES)
-@example("<think>" * 3, None)
-@example('{"a":' * 100_000, None)
-@example('{"query": "\\ud83d"}', None)
-@example("\ud83d granite", None)
-def test_any_reply_gives_a_clean_line_or_a_reason(reply: str, language: str | None) -> None:
-    found = read(reply, language=language)
+@pytest.mark.parametrize(
+    "after",
+    [
+        "Let me know if you want another.",
+        "(Note: the passage says more.)",
+        "I hope this helps!",
+        "This question asks about its origin.",
+        "Would you like another?",
+    ],
+)
+def test_what_is_said_after_a_query_on_its_line_goes(after: str) -> None:
+    assert read(f"How is granite made? {after}") == "How is granite made?"
+    assert read(f'"How is granite made?" {after}') == "How is granite made?"
+    assert read(f"granite {after}") == f"granite {after}"  # no sentence ends before it
+
+
+@given(REPLIES, LANGUAGES, st.sampled_from(KINDS), st.booleans())
+@example("<think>" * 3, None, "title", False)
+@example('{"a":' * 100_000, None, "title", False)
+@example("[" * 900 + '"a"' + "]" * 900, None, "title", False)
+@example('{"query": "\\ud83d"}', None, "title", False)
+@example("\ud83d granite", None, "title", False)
+@example("a," * 5_000, None, "keywords", False)
+def test_any_reply_gives_a_clean_line_or_a_reason(
+    reply: str, language: str | None, kind: str, cut: bool
+) -> None:
+    found = read(reply, kind=kind, language=language, cut=cut)
     if isinstance(found, tuple):
-        assert found[0] in {"empty", "refusal", "preamble", "too_long", "other_script", "copied"}
+        assert found[0] in REASONS - (set() if cut else {"cut"})
         assert len(found[1]) < 300
         return
     assert found == " ".join(found.split()) and any(character.isalnum() for character in found)
     found.encode()  # or no table can hold it
-    assert read(found, language=language) == found  # read again, it is what it was
+    assert read(found, kind=kind, language=language) == found  # read again, it is what it was
 
 
 @given(st.text(alphabet="abcdefghij ", min_size=3, max_size=60).filter(str.strip))
@@ -299,16 +430,16 @@ def test_a_query_is_the_same_in_plain_text_in_quotes_and_in_the_structure_asked_
         '""',
         "```\n```",
         "Query:",
-        "<think>",
-        "<think>The user wants a query, so I shall",  # cut before the thought ended
-        "<think>\nOkay, the user\nwants",
-        "<thinking>granite?",
+        "[]",
+        "<|eot_id|>",
+        "assistant\n",
         "the thought\n</think>",
         "{}",
         '{"query": ""}',
         '{"query": null}',
         '{"query": 5}',
-        '{"query": ["a"]}',
+        '{"query": [5]}',
+        '["how is granite ma',
         '{"query": "how is granite ma',  # cut before the object ended
         '```json\n{"query": "how is gran',
         '{"query',
@@ -317,6 +448,23 @@ def test_a_query_is_the_same_in_plain_text_in_quotes_and_in_the_structure_asked_
 )
 def test_a_reply_without_a_query_is_empty(reply: str) -> None:
     assert read(reply) == ("empty", reply)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "<think>",
+        "<think>The user wants a query, so I shall",
+        "<think>\nOkay, the user\nwants",
+        "<thinking>granite?",
+        "<|im_start|>assistant\n<think>\nOkay",
+        "<think>Granite.</think>\n<think>No, magma, or",
+    ],
+)
+def test_a_thought_that_does_not_end_holds_no_query(reply: str, kind: str, cut: bool) -> None:
+    assert reason(reply, kind=kind, cut=cut) == "thought"
 
 
 @pytest.mark.parametrize(
@@ -355,49 +503,66 @@ def test_a_reply_without_a_query_is_empty(reply: str) -> None:
         "N/A",
         "Please provide the passage you would like a question for.",
         "You have not provided the passage.",
+        "I won't write that.",
+        "I will not be able to provide that.",
+        "I can't discuss this topic.",
+        "I don't feel comfortable writing about that.",
+        "I'm not comfortable generating a question for this.",
+        "I must decline.",
+        "I must respectfully decline to write a claim about this.",
+        "It is not appropriate for me to write a title.",
+        "Could you please provide the passage?",
+        "Can you share the text you want a question for?",
+        "Could you provide more context?",
+        "Please provide more context.",
+        "Please share the full text so I can help.",
+        "I need a passage.",
+        "I need more context to write a question.",
+        "I would need more context before I can answer.",
+        "I need more information to write a suitable title.",
+        "You haven't provided a passage.",
+        "It seems you didn't include the text.",
         '{"query": "I cannot generate a query for this passage."}',
         "<think>Hm.</think>I'm sorry, but I can't help with that.",
     ],
 )
 def test_a_refusal_is_dropped(reply: str) -> None:
     assert reason(reply) == "refusal"
+    assert reason(reply, kind="keywords") == "refusal"
 
 
 @pytest.mark.parametrize(
     "reply",
     [
         "Here is a question",
-        "Here is a question:\nHow is granite made?",
-        "Here's a possible search query: how is granite made",
+        "Here is a question:",
         "Here are 5 keywords:",
-        "Here is my attempt:\nHow is granite made?",
-        "Here's what someone might type: granite origin",
-        "Here you go: how is granite made",
+        "**Here is a title:**",
+        "Here is the output:",
         "Sure!",
         "Sure! Here is a natural question:",
         "Sure, here's one",
-        "Sure thing! How about: granite",
+        "Sure thing! How about:",
         "Certainly! I can help with that.",
         "Of course. Here is the title:",
         "Okay, so the user wants a query about granite.",
         "Okay, let's see.",
         "Alright, the user gave me a passage about rocks",
         "Hmm, let me think about granite",
-        'A natural question would be: "How is granite made?"',
         "The question for this passage is how granite is made",
-        'The query is "granite origin"',
-        "One possible question that someone might ask is: how is granite made?",
         "Based on the passage, how is granite made?",
         "According to the passage, how is granite made?",
         "According to the provided text, what is granite?",
         "The passage states that granite is coarse.",
+        "The main idea of the passage is that granite is coarse.",
+        "Main idea: granite is coarse",
         "A user might search for granite origin",
         "We need to produce a query about granite.",
         "I need to write a short title that fits.",
         "The user wants a search query.",
     ],
 )
-def test_a_preamble_is_dropped(reply: str) -> None:
+def test_a_preamble_and_no_query_after_it_is_dropped(reply: str) -> None:
     assert reason(reply) == "preamble"
 
 
@@ -429,7 +594,143 @@ def test_refusals_and_preambles_of_other_languages_are_dropped(
     language: str, reply: str, expected: str
 ) -> None:
     assert reason(reply, PASSAGES.get(language, ENGLISH), language=language) == expected
-    assert reason(f"{reply}\nx", PASSAGES.get(language, ENGLISH)) == expected
+    query = PASSAGES.get(language, ENGLISH).split("，")[0]
+    after = read(f"{reply}\n{query}", PASSAGES.get(language, ENGLISH), copied=1)
+    assert after == query if expected == "preamble" else after[0] == "refusal"
+
+
+# --- keywords ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "granite, igneous rock, magma",
+        "granite,igneous rock,magma",
+        "granite; igneous rock; magma",
+        "granite\nigneous rock\nmagma",
+        "granite\n\nigneous rock\n\nmagma",
+        "granite,\nigneous rock,\nmagma",
+        "granite, igneous rock,\nmagma",
+        "- granite\n- igneous rock\n- magma",
+        "* granite\n* igneous rock, magma",
+        "1. granite\n2. igneous rock\n3. magma",
+        "1) **granite**\n2) **igneous rock**\n3) **magma**",
+        "Keywords: granite, igneous rock, magma",
+        "**Keywords:**\n- granite\n- igneous rock\n- magma",
+        "## Keywords\ngranite\nigneous rock\nmagma",
+        "Here are three keywords:\n\n1. granite\n2. igneous rock\n3. magma",
+        '"granite", "igneous rock", "magma"',
+        '"granite, igneous rock, magma"',
+        '["granite", "igneous rock", "magma"]',
+        '{"query": "granite, igneous rock, magma"}',
+        '{"keywords": ["granite", "igneous rock", "magma"]}',
+        "granite, igneous rock, Granite, magma, magma",
+        "granite, igneous rock, magma\n\nThese keywords are general terms.",
+        "granite\nigneous rock\nmagma\nLet me know if you need more",
+        "granite\nigneous rock\nmagma\nI chose the terms that people would search for",
+        "- granite\n- igneous rock\n- magma\n\nThe first one is the most general",
+        "granite, igneous rock, magma\nhow is granite made",
+    ],
+)
+def test_keywords_are_one_query_however_they_are_laid_out(reply: str) -> None:
+    assert read(reply, kind="keywords") == "granite, igneous rock, magma"
+
+
+def test_commas_in_numbers_separate_no_keywords() -> None:
+    assert read("1,500 metres race, running", kind="keywords") == "1,500 metres race, running"
+
+
+def test_keywords_of_other_languages_are_separated_by_their_commas() -> None:
+    assert read("花岗岩、岩浆；深成岩", PASSAGES["zh"], kind="keywords") == "花岗岩, 岩浆, 深成岩"
+    assert read("صخر، صهارة", PASSAGES["ar"], kind="keywords") == "صخر, صهارة"
+
+
+@given(st.lists(st.text(alphabet="abcdefgh", min_size=1, max_size=4), min_size=1, max_size=9))
+def test_the_first_five_different_keywords_count(terms: list[str]) -> None:
+    expected = ", ".join(list(dict.fromkeys(terms))[:5])
+    for reply in (", ".join(terms), "\n".join(f"- {term}" for term in terms), json.dumps(terms)):
+        assert read(reply, kind="keywords", copied=1) == expected
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"keywords"}))
+def test_of_lines_of_another_kind_the_first_counts(kind: str) -> None:
+    for reply in ("granite\nmagma", "- granite\n- magma", "1. granite\n2. magma", '["granite", "magma"]'):
+        assert read(reply, kind=kind) == "granite"
+
+
+# --- replies that were cut --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "how is granite",
+        "\nhow is granite",
+        "how is granite made?",  # or more was to come
+        "Here is a question:\nhow is",
+        "Sure! how is",
+        "Query: how is gran",
+        "assistant\nhow is gran",
+        "**how is granite",
+        "```\nhow is",
+        '{"query": "how is granite',
+        "<think>Rocks.</think>\nhow is",
+        "",
+    ],
+)
+def test_a_query_that_was_cut_is_dropped(kind: str, reply: str) -> None:
+    assert read(reply, kind=kind, cut=True) == ("cut", reply)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "how is granite made\n",
+        "how is granite made\n\nThis query asks for",
+        "Here is a question:\n\nhow is granite made\n\nLet me kn",
+        "```\nhow is granite made\n``",
+        "1. how is granite made\n2. what is granite\n3. how",
+        "- how is granite made\n- what is",
+        '{"query": "how is granite made"}\n\nIt asks',
+    ],
+)
+def test_a_query_before_the_line_that_was_cut_is_whole(reply: str) -> None:
+    for kind in set(KINDS) - {"keywords"}:
+        assert read(reply, kind=kind, cut=True) == "how is granite made"
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("granite, igneous rock, mag", "granite, igneous rock"),
+        ("granite, igneous rock,", "granite, igneous rock"),
+        ("Keywords: granite, igne", "granite"),
+        ("- granite\n- igneous rock\n- mag", "granite, igneous rock"),
+        ("granite\nigneous rock\nmag", "granite, igneous rock"),
+        ("granite, igneous rock\n\nThese keywords, which", "granite, igneous rock"),
+        ("a, b, c, d, e, f, g", "a, b, c, d, e"),
+        ("花岗岩、岩浆、深", "花岗岩, 岩浆"),
+    ],
+)
+def test_of_keywords_that_were_cut_the_last_one_goes(reply: str, expected: str) -> None:
+    passage = PASSAGES["zh"] if "花" in reply else ENGLISH
+    assert read(reply, passage, kind="keywords", cut=True) == expected
+
+
+@given(st.lists(st.text(alphabet="abcdefgh", min_size=1, max_size=6), min_size=2, max_size=5, unique=True))
+def test_wherever_keywords_are_cut_only_whole_ones_are_left(terms: list[str]) -> None:
+    whole = ", ".join(terms)
+    for at in range(len(whole)):
+        found = read(whole[:at], kind="keywords", cut=True)
+        left = found.split(", ") if isinstance(found, str) else []
+        assert left == terms[: whole[:at].count(",")]
+        assert left or found == ("cut", whole[:at])
+
+
+def test_a_refusal_that_was_cut_is_a_refusal() -> None:
+    assert reason("I'm sorry, but I can't help with that. The pass", cut=True) == "refusal"
 
 
 # --- length -----------------------------------------------------------------------------------
@@ -493,41 +794,23 @@ def test_a_text_without_letters_has_no_script_and_fits_every_one(text: str) -> N
     assert read("42", PASSAGES["th"]) == "42"
 
 
-@pytest.mark.parametrize(
-    ("script", "languages"),
-    [
-        ("Latin", "en de fr es vi sw English German Spanish tr-TR sr-Latn az_Latn"),
-        ("Cyrillic", "ru uk bg rus rus_Cyrl Russian macedonian русский sr-Cyrl uz-Cyrl"),
-        ("Arabic", "ar fa ur ar-EG fas Persian arabic العربية kk-Arab"),
-        ("Han", "zh zh-Hant zho_Hans Chinese 中文 yue"),
-        ("Kana", "ja jpn_Jpan Japanese"),
-        ("Hangul", "ko Korean 한국어"),
-        ("Devanagari", "hi mr Hindi Marathi नेपाली"),
-        ("Thai", "th Thai ไทย"),
-        (None, "sr Serbian kk uz Kazakh mn"),  # written in several
-    ],
-)
-def test_the_script_of_a_language(script: str | None, languages: str) -> None:
-    assert {language: script_of_language(language) for language in languages.split()} == dict.fromkeys(
-        languages.split(), script
-    )
-
-
-def test_any_kana_makes_a_text_japanese() -> None:
-    assert [script_of(text) for text in ("花", "花の", "東京タワー", "花岗岩的形成")] == [
-        "Han", "Kana", "Kana", "Han"
-    ]  # fmt: skip
-
-
-def test_a_language_may_be_named_in_more_words_than_one() -> None:
-    assert script_of_language("Simplified Chinese") == "Han"
-    assert script_of_language("Egyptian Arabic") == "Arabic"
-    assert script_of_language("Te reo Māori") == "Latin"  # `te` is Telugu, as a code alone
-
-
-def test_no_script_is_asked_of_a_language_that_has_several() -> None:
+@pytest.mark.parametrize("language", ["sr", "Serbian", "kk"])
+def test_a_language_of_several_scripts_may_be_written_in_each(language: str) -> None:
     for query in ("kako nastaje granit", "како настаје гранит"):
-        assert read(query, ENGLISH, language="sr") == query
+        assert read(query, ENGLISH, language=language) == query
+    assert reason("花岗岩怎么形成", language=language) == "other_script"
+
+
+def test_a_subtag_says_which_of_the_scripts() -> None:
+    assert read("kako nastaje granit", language="sr-Latn") == "kako nastaje granit"
+    assert reason("како настаје гранит", language="sr-Latn") == "other_script"
+    assert reason("kako nastaje granit", language="sr-Cyrl") == "other_script"
+
+
+@pytest.mark.parametrize("language", ["xx", "tlh", "Klingon"])
+@pytest.mark.parametrize("query", ["how is granite made", "как образуется гранит", "花岗岩怎么形成"])
+def test_no_script_is_asked_of_a_language_that_is_not_known(language: str, query: str) -> None:
+    assert read(query, PASSAGES["th"], language=language) == query
 
 
 # --- copies -----------------------------------------------------------------------------------

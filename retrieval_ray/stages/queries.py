@@ -192,15 +192,14 @@ def read_replies(context: Context, corpus: Stage, generated: Stage) -> tuple[lis
         if row["text"] is None:
             rejects.append((row["query_id"], "no_reply", row["error"] or ""))
             continue
-        if row["cut"] and "\n" not in row["text"].strip():
-            rejects.append((row["query_id"], "cut_off", row["text"]))
-            continue
         query = parse(
             row["text"],
             texts[row["passage_id"]],
+            kind=row["kind"],
             language=config.llm.language,
             max_words=config.queries.max_words,
             max_copied=config.llm.max_copied,
+            cut=row["cut"],
         )
         if isinstance(query, str):
             writer = f"llm:{config.llm.model}"
