@@ -107,7 +107,7 @@ class Student:
 
     def embed(self, rows: Sequence[Tokens], role: Role) -> Tensor:
         """One forward pass: embeddings_ND in float32, normalised, with a graph where enabled."""
-        with self._autocast():
+        with self.autocast():
             vectors = self.model(self._features(rows, role))["sentence_embedding"]
         return torch.nn.functional.normalize(vectors[:, : self.dimension].float(), dim=-1)
 
@@ -138,7 +138,7 @@ class Student:
             batch = [rows[i] for i in chunk]
             features = self._features(batch, role)
             mask = features["attention_mask"].bool()
-            with self._autocast():
+            with self.autocast():
                 vectors = self.model[0](features)["token_embeddings"]
             vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)
             for n, i in enumerate(chunk):
@@ -157,19 +157,23 @@ class Student:
 
     def _features(self, rows: Sequence[Tokens], role: Role) -> dict[str, Any]:
         tokenizer = self.model.tokenizer
-        padded = tokenizer.pad(
-            {"input_ids": [row.tolist() for row in rows]}, padding=True, return_tensors="pt"
-        )
+        longest = max(map(len, rows))
+        ids = np.full((len(rows), longest), tokenizer.pad_token_id or 0, dtype=np.int64)
+        mask = np.zeros((len(rows), longest), dtype=np.int64)
+        for n, row in enumerate(rows):
+            place = slice(longest - len(row), None) if tokenizer.padding_side == "left" else slice(len(row))
+            ids[n, place], mask[n, place] = row, 1
         features: dict[str, Any] = {
-            "input_ids": padded["input_ids"].to(self.device),
-            "attention_mask": padded["attention_mask"].to(self.device),
+            "input_ids": torch.from_numpy(ids).to(self.device),
+            "attention_mask": torch.from_numpy(mask).to(self.device),
             "modality": "text",
         }
         if self._prompt_length[role] is not None:
             features["prompt_length"] = self._prompt_length[role]
         return features
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The student's precision. One around several ``embed`` casts each weight once for all of them."""
         if self.precision == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
