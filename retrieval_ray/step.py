@@ -22,6 +22,7 @@ from retrieval_ray.batching import cut_chunks, deal, excluded_mask, unique_passa
 from retrieval_ray.gradcache import embed_cached
 from retrieval_ray.objective import Batch, Objective, loss_and_gradient
 from retrieval_ray.student import Role, Student, Tokens
+from retrieval_ray.throughput import training_flops
 
 Piece = tuple[int, Role, list[int]]  # a chunk: its number, the role of its texts and where they stand
 
@@ -71,7 +72,7 @@ def embed_shared(
     *,
     chunk_tokens: int,
     keep_bytes: int = 0,
-    dropout_seed: int | None = None,
+    dropout_seed: Sequence[int] | None = None,
     clock: Clock | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], None]]:
     """Embeddings of all queries, then all passages, computed by all ranks together.
@@ -98,7 +99,7 @@ def embed_shared(
 
     def embed(piece: Piece) -> Tensor:
         number, role, positions = piece
-        with _dropout(student, None if dropout_seed is None else [dropout_seed, number]):
+        with _dropout(student, None if dropout_seed is None else [*dropout_seed, number]):
             return student.embed([rows[i] for i in positions], role)
 
     clock.lap("data")
@@ -150,18 +151,23 @@ def training_step(
     *,
     chunk_tokens: int,
     keep_bytes: int = 0,
-    dropout_seed: int | None = None,
+    dropout_seed: Sequence[int] | None = None,
+    clock: Clock | None = None,
 ) -> dict[str, float]:
     """Forward and backward of one batch; gradients end in ``.grad``, summed over ranks.
 
-    keep_bytes, dropout_seed: see ``embed_shared``.
-    Returns the loss's terms; how many passages were referred to and encoded, and tokens encoded, by all
-    ranks; and this rank's seconds by what they went into. Raises ``FloatingPointError`` naming the
-    queries where the loss is not finite.
+    keep_bytes, dropout_seed: see ``embed_shared``. clock: gets this rank's seconds in data, forward,
+    communication, loss and backward.
+    Returns the loss's terms, how many passages were referred to and encoded, the tokens encoded and the
+    floating-point operations (in tera) that these take, of all ranks together. Raises
+    ``FloatingPointError`` naming the queries where the loss is not finite, ``ValueError`` where CLP has a
+    weight and the lists have no queries of their negatives.
     """
-    clock = Clock(student.device)
+    clock = clock or Clock(student.device)
     unique = unique_passages(lists.passage_ids)
     own = lists.negative_query_ids if objective.weights.get("clp") else None
+    if own is None and objective.weights.get("clp"):
+        raise ValueError("CLP needs the queries that the negatives answer: Lists.negative_query_ids")
     query_at: dict[str, int] = {}  # a negative's query may be a query of the batch too
     for query_id in [*lists.query_ids, *(q for row in own or () for q in row if q is not None)]:
         query_at.setdefault(query_id, len(query_at))
@@ -199,6 +205,7 @@ def training_step(
         ),
     )
     clock.lap("loss")
+    lengths = [len(row) for row in (*queries, *passages)]
     if not np.isfinite(values["loss"]):
         raise FloatingPointError(f"the loss is not finite; queries {list(lists.query_ids)[:5]}")
     backward(gradient_MD.to(embeddings_MD.dtype))
@@ -206,8 +213,8 @@ def training_step(
         **values,
         "passages": float(unique.index_BK.size),
         "encoded": float(len(passages)),
-        "tokens": float(sum(map(len, queries)) + sum(map(len, passages))),
-        **{f"{name}_seconds": seconds for name, seconds in clock.seconds.items()},
+        "tokens": float(sum(lengths)),
+        "tflop": training_flops(student.model, lengths) / 1e12,
     }
 
 
