@@ -43,8 +43,9 @@ from retrieval_ray.bm25 import Bm25
 from retrieval_ray.memory import activation_bytes
 from retrieval_ray.objective import Objective
 from retrieval_ray.step import Lists, training_step
-from retrieval_ray.student import Student, Tokens, probe_precision
+from retrieval_ray.student import Student, probe_precision
 from retrieval_ray.throughput import matmul_limit, training_flops
+from retrieval_ray.tokens import Tokens
 
 MODEL = "all-MiniLM-L6-v2"
 CHUNK_TOKENS = 8192
@@ -213,13 +214,13 @@ def _serve(connection: Any, side: str, device: str, precision: str, threads: int
     while (request := connection.recv()) is not None:
         what, *given = request
         if what == "gradients":
+            terms, runner.terms = runner.terms, given[1]
             runner.student.precision = "float32"
-            runner.terms = given[1] or runner.terms
             loss = runner.loss(given[0])
             gradients = [p.grad for p in runner.model.parameters()]
             flat = [g.flatten().cpu().numpy() for g in gradients if g is not None]
             connection.send((loss, np.concatenate(flat)))
-            runner.student.precision, runner.terms = precision, type(runner)(device, precision).terms
+            runner.student.precision, runner.terms = precision, terms
         elif what == "step":
             start = time.perf_counter()
             runner.loss(given[0])

@@ -22,8 +22,9 @@ from retrieval_ray.metrics import Qrels, per_query
 from retrieval_ray.objective import Objective
 from retrieval_ray.runs import top_k
 from retrieval_ray.step import Clock, Lists, embed_shared, training_step, world
-from retrieval_ray.student import Role, Student, Tokens
+from retrieval_ray.student import Role, Student
 from retrieval_ray.throughput import matmul_limit
+from retrieval_ray.tokens import TokenRows, Tokens
 
 _KL_GUARD = 1.5  # times the untouched student's
 OnStep = Callable[[int, int, Mapping[str, float]], None]
@@ -317,7 +318,7 @@ def _take(lists: Lists, indices: Any) -> Lists:
     )
 
 
-def _tokenised(student: Student, corpus: CorpusData) -> dict[Role, dict[str, Tokens]]:
+def _tokenised(student: Student, corpus: CorpusData) -> dict[Role, TokenRows]:
     """Tokens of every query, and of the passages that dev measures read."""
     passages = [p for row in corpus.dev.passage_ids for p in row]
     passages += [p for query in corpus.dev_qrels for p in corpus.dev_pools.get(query, ())]
@@ -328,7 +329,7 @@ def _tokenised(student: Student, corpus: CorpusData) -> dict[Role, dict[str, Tok
     }
 
 
-def _shortened(student: Student, corpus: CorpusData, limit: int | None) -> dict[str, Tokens]:
+def _shortened(student: Student, corpus: CorpusData, limit: int | None) -> TokenRows:
     """Tokens of the passages that training reads."""
     passages = [p for row in corpus.train.passage_ids for p in row]
     return _rows(student, corpus.passages, passages, "passage", limit)
@@ -336,9 +337,8 @@ def _shortened(student: Student, corpus: CorpusData, limit: int | None) -> dict[
 
 def _rows(
     student: Student, texts: Mapping[str, str], ids: Iterable[str], role: Role, limit: int | None = None
-) -> dict[str, Tokens]:
-    wanted = sorted(set(ids))
-    return dict(zip(wanted, student.tokenize([texts[i] for i in wanted], role, limit=limit), strict=True))
+) -> TokenRows:
+    return TokenRows(ids, lambda some: student.tokenize([texts[i] for i in some], role, limit=limit))
 
 
 # --- checkpoints: one safetensors file with the progress as JSON in its header -----------------

@@ -21,8 +21,9 @@ from torch import Tensor
 from retrieval_ray.batching import cut_chunks, deal, excluded_mask, unique_passages
 from retrieval_ray.gradcache import embed_cached
 from retrieval_ray.objective import Batch, Objective, loss_and_gradient
-from retrieval_ray.student import Role, Student, Tokens
+from retrieval_ray.student import Role, Student
 from retrieval_ray.throughput import training_flops
+from retrieval_ray.tokens import Tokens
 
 Piece = tuple[int, Role, list[int]]  # a chunk: its number, the role of its texts and where they stand
 

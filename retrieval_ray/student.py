@@ -17,9 +17,9 @@ from retrieval_ray.artifacts import Location
 from retrieval_ray.batching import cut_chunks
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import resolve_model
+from retrieval_ray.tokens import Tokens
 
 Role = Literal["query", "passage"]
-Tokens = npt.NDArray[np.int64]
 
 
 class Student:
