@@ -84,6 +84,7 @@ class Task:
 class Ours:
     def __init__(self, device: str, precision: str) -> None:
         self.student = Student(MODEL, precision=precision, device=device)
+        self.student.prepare_training()
         self.model = self.student.model
         self.terms = OBJECTIVE.weights
         self.keep_bytes: int | None = None

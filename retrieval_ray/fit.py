@@ -94,6 +94,7 @@ def fit(
     untouched student is ``chosen(progress.history) > 0``.
     """
     torch.manual_seed(settings.seed)
+    student.prepare_training()
     token_rows = [_tokenised(student, corpus) for corpus in corpora]
     short_rows = [_shortened(student, corpus, settings.passage_tokens) for corpus in corpora]
     batch = settings.batch_queries
@@ -284,12 +285,13 @@ def _embed(
     rows: Mapping[Role, Mapping[str, Tokens]],
     chunk_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    embeddings_MD, _ = embed_shared(
-        student,
-        [rows["query"][query] for query in queries],
-        [rows["passage"][passage] for passage in passages],
-        chunk_tokens=2 * chunk_tokens,  # no graph is kept
-    )
+    with torch.no_grad():
+        embeddings_MD, _ = embed_shared(
+            student,
+            [rows["query"][query] for query in queries],
+            [rows["passage"][passage] for passage in passages],
+            chunk_tokens=2 * chunk_tokens,  # no graph is made
+        )
     doubles = embeddings_MD.double().cpu()
     return doubles[: len(queries)], doubles[len(queries) :]
 

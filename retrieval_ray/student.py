@@ -20,6 +20,7 @@ from retrieval_ray.model_files import resolve_model
 from retrieval_ray.tokens import Tokens
 
 Role = Literal["query", "passage"]
+_PLAIN_ATTENTION_TOKENS = 512
 
 
 class Student:
@@ -146,6 +147,16 @@ class Student:
                 useful = [at for at, token in enumerate(rows[i]) if int(token) not in special]
                 found[i] = (kept[useful] if useful else kept).cpu()
         return found
+
+    def prepare_training(self) -> None:
+        """Choose the attention that goes backward fastest.
+
+        On a CPU in bf16 that is plain matrix products, whose forward and backward take 0.75 to 0.85 of
+        the time of torch's fused kernel; they keep every attention probability, so only for short texts.
+        """
+        short = max(self.max_tokens.values()) <= _PLAIN_ATTENTION_TOKENS
+        if self.device.type == "cpu" and self.precision == "bfloat16" and short:
+            self.model[0].auto_model.set_attn_implementation("eager")
 
     def save(self, folder: str) -> None:
         """Write a folder that plain sentence-transformers loads (safetensors only)."""

@@ -84,7 +84,9 @@ def test_what_graphs_may_take_changes_no_bit_of_the_weights(student_folder, corp
 def test_dropout_is_off_unless_asked_for(student_folder, corpus, tmp_path):
     first = {}
     for dropout in (False, True):
-        progress, _ = _fit(student_folder, corpus, tmp_path / str(dropout), replace(SETTINGS, dropout=dropout))
+        progress, _ = _fit(
+            student_folder, corpus, tmp_path / str(dropout), replace(SETTINGS, dropout=dropout)
+        )
         first[dropout] = progress.steps[0]["kl"]
     assert abs(first[False] - first[True]) > 1e-4
 

@@ -97,6 +97,12 @@ def test_graphs_are_kept_within_the_budget_and_go_one_by_one(keep_bytes, kept):
     torch.testing.assert_close(weight.grad, expected)
 
 
+def test_without_gradients_no_graph_is_made():
+    with torch.no_grad():
+        vectors, _ = embed_cached(torch.randn(6, 5).double().split(2), lambda chunk: _model()(chunk))
+    assert vectors.grad_fn is None
+
+
 def test_gradients_add_to_what_is_there():
     inputs = torch.randn(4, 5).double()
     model = _model()
