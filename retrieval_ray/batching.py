@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,11 @@ class Unique:
     index_BK: Indices  # where each list's passages stand among N
     counts_N: Indices  # in how many list places each stands
 
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """Where each passage stands among N."""
+        return {passage: n for n, passage in enumerate(self.passage_ids)}
+
 
 def unique_passages(lists: Sequence[Sequence[str]]) -> Unique:
     """Each different passage once, in the order of first appearance."""
@@ -53,7 +59,7 @@ def unique_passages(lists: Sequence[Sequence[str]]) -> Unique:
 
 def excluded_mask(unique: Unique, excluded: Sequence[Sequence[str]]) -> npt.NDArray[np.bool_]:
     """excluded_BN: True where passage n of the batch is excluded for query b, by id."""
-    position = {passage: n for n, passage in enumerate(unique.passage_ids)}
+    position = unique.position
     mask_BN = np.zeros((len(excluded), len(position)), dtype=np.bool_)
     for b, ids in enumerate(excluded):
         mask_BN[b, [position[passage] for passage in ids if passage in position]] = True

@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,12 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "learning_rate": (_TINY, 1), "weight_decay": (0, _MANY), "clip_norm": (_TINY, _MANY),
         "min_warmup_steps": (0, _MANY), "lr_floor": (0, 1), "teacher_temperature": (_TINY, _MANY),
         "student_temperature": (_TINY, _MANY), "infonce_temperature": (_TINY, _MANY),
-        "infonce_weight": (0, _MANY), "chunk_tokens": (1, _MANY),
+        "chunk_tokens": (1, _MANY), "activation_gib": (0, _MANY),
         "passage_tokens": (1, _MANY), "checkpoint_minutes": (0, _MANY),
+    },
+    "train.terms": {
+        "kl": (0, _MANY), "infonce": (0, _MANY), "infonce_list": (0, _MANY), "margin_mse": (0, _MANY),
+        "ranking": (0, _MANY), "clp": (0, _MANY),
     },
     "compute": {
         "workers": (1, _MANY), "cpus_per_worker": (1, _MANY), "gpus_per_worker": (0, _MANY),
@@ -154,6 +159,18 @@ class GroupsConfig:
 
 
 @dataclass
+class TermsConfig:
+    """Weights of the loss's terms; 0 leaves a term out."""
+
+    kl: float = 1.0  # of the teacher's distribution over a list and the student's
+    infonce: float = 0.1  # the positive against every passage of the batch, across workers
+    infonce_list: float = 0.0  # the positive against its own list
+    margin_mse: float = 0.0  # of the positive's lead over each negative
+    ranking: float = 0.0  # RankNet on the teacher's order alone
+    clp: float = 0.0  # each negative near the query it does answer; needs queries.negatives
+
+
+@dataclass
 class TrainConfig:
     batch_queries: int = 4096
     max_epochs: int = 30
@@ -166,11 +183,13 @@ class TrainConfig:
     teacher_temperature: float = 0.2
     student_temperature: float | None = None  # null: calibrated on the untouched student
     infonce_temperature: float | None = None  # null: a fifth of the student's, as in the papers
-    infonce_weight: float = 0.1
+    terms: TermsConfig = field(default_factory=TermsConfig)
+    dropout: bool = False  # the student's own, while training
     dev_share: float = 0.1  # of the training queries, held out for dev measures
     dev_queries: int = 500  # and about so many at most
     passage_tokens: int | None = None  # training reads passages only so far; null: the student's own
     chunk_tokens: int = 8192  # of one GradCache chunk, padding included
+    activation_gib: float | None = None  # that kept graphs may take; null: a share of what is free
     checkpoint_minutes: float = 5.0
 
 
@@ -332,10 +351,16 @@ def _check_values(config: Config) -> None:
         config.evaluate.systems.count("bm25") == 0 or "bm25" in config.retrieve.retrievers,
         "evaluate.systems: bm25 needs 'bm25' in retrieve.retrievers",
     )
+    terms = config.train.terms
+    need(any(vars(terms).values()), "train.terms: one weight must be more than 0")
+    need(
+        terms.clp == 0 or config.queries.negatives,
+        "train.terms.clp: needs a query for every negative; set queries.negatives=true",
+    )
     need(0 < config.train.dev_share < 1, "train.dev_share: must lie between 0 and 1")
     for section, ranges in RANGES.items():
         for key, (low, high) in ranges.items():
-            value = getattr(getattr(config, section), key)
+            value = getattr(attrgetter(section)(config), key)
             need(value is None or low <= value <= high, f"{section}.{key}: must lie in [{low}, {high}]")
     need(
         config.compute.logical_cpus >= 8,

@@ -17,10 +17,14 @@ from torch import Tensor
 from retrieval_ray.artifacts import Location
 from retrieval_ray.batching import epoch_batches, unique_passages
 from retrieval_ray.losses import listwise_kl
+from retrieval_ray.memory import activation_bytes
 from retrieval_ray.metrics import Qrels, per_query
+from retrieval_ray.objective import Objective
 from retrieval_ray.runs import top_k
-from retrieval_ray.step import Lists, Objective, embed_shared, training_step, world
-from retrieval_ray.student import Role, Student, Tokens
+from retrieval_ray.step import Clock, Lists, embed_shared, training_step, world
+from retrieval_ray.student import Role, Student
+from retrieval_ray.throughput import matmul_limit
+from retrieval_ray.tokens import TokenRows, Tokens
 
 _KL_GUARD = 1.5  # times the untouched student's
 OnStep = Callable[[int, int, Mapping[str, float]], None]
@@ -54,6 +58,8 @@ class Settings:
     lr_floor: float
     passage_tokens: int | None  # training reads passages only so far; dev measures read them whole
     chunk_tokens: int
+    activation_bytes: int | None  # that kept graphs may take; None: measured
+    dropout: bool
     checkpoint_seconds: float
     seed: int
 
@@ -69,6 +75,7 @@ class Progress:
     best_epoch: int | None = None  # the best trained epoch, kept as the candidate
     history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch
     steps: list[dict[str, float]] = field(default_factory=list)  # one row a step
+    speed: list[dict[str, float]] = field(default_factory=list)  # likewise; no two runs have it alike
     done: bool = False
 
 
@@ -87,6 +94,7 @@ def fit(
     untouched student is ``chosen(progress.history) > 0``.
     """
     torch.manual_seed(settings.seed)
+    student.prepare_training()
     token_rows = [_tokenised(student, corpus) for corpus in corpora]
     short_rows = [_shortened(student, corpus, settings.passage_tokens) for corpus in corpora]
     batch = settings.batch_queries
@@ -94,7 +102,13 @@ def fit(
     per_epoch = len(epoch_batches(sizes, batch, seed=settings.seed, epoch=1))
     total = per_epoch * settings.max_epochs
     parameters = [p for p in student.model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimiser = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    keep_bytes = settings.activation_bytes
+    if keep_bytes is None:
+        keep_bytes = activation_bytes(student.device, sum(p.numel() for p in parameters))
+    limit = matmul_limit(student.device, student.precision)
     progress = _resume(student, optimiser, folder)
     saved_at = time.monotonic()
 
@@ -129,6 +143,7 @@ def fit(
             scale = lr_scale(progress.step)
             for group in optimiser.param_groups:
                 group["lr"] = settings.learning_rate * scale
+            clock = Clock(student.device)
             terms = training_step(
                 student,
                 _take(corpora[which].train, indices),
@@ -136,6 +151,9 @@ def fit(
                 token_rows[which]["query"].__getitem__,
                 settings.objective,
                 chunk_tokens=settings.chunk_tokens,
+                keep_bytes=keep_bytes,
+                dropout_seed=(settings.seed, progress.step) if settings.dropout else None,
+                clock=clock,
             )
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimiser.step()
@@ -143,11 +161,17 @@ def fit(
             progress.step += 1
             progress.position += 1
             progress.steps.append({"step": float(progress.step), "lr": scale, **terms})
-            on_step(
-                progress.step,
-                total,
-                {**terms, "norm": float(norm), "seconds": time.monotonic() - started},
+            seconds = time.monotonic() - started
+            progress.speed.append(
+                {
+                    "step": float(progress.step),
+                    "seconds": seconds,
+                    **clock.seconds,
+                    "tokens_per_second": terms["tokens"] / seconds,
+                    "matmul_share": terms["tflop"] * 1e12 / seconds / limit / world()[1],
+                }
             )
+            on_step(progress.step, total, {**terms, "norm": float(norm), "seconds": seconds})
             if time.monotonic() - saved_at > settings.checkpoint_seconds:
                 _checkpoint(student, optimiser, progress, folder)
                 saved_at = time.monotonic()
@@ -261,12 +285,13 @@ def _embed(
     rows: Mapping[Role, Mapping[str, Tokens]],
     chunk_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    embeddings_MD, _ = embed_shared(
-        student,
-        [rows["query"][query] for query in queries],
-        [rows["passage"][passage] for passage in passages],
-        chunk_tokens=2 * chunk_tokens,  # no graph is kept
-    )
+    with torch.no_grad():
+        embeddings_MD, _ = embed_shared(
+            student,
+            [rows["query"][query] for query in queries],
+            [rows["passage"][passage] for passage in passages],
+            chunk_tokens=2 * chunk_tokens,  # no graph is made
+        )
     doubles = embeddings_MD.double().cpu()
     return doubles[: len(queries)], doubles[len(queries) :]
 
@@ -295,7 +320,7 @@ def _take(lists: Lists, indices: Any) -> Lists:
     )
 
 
-def _tokenised(student: Student, corpus: CorpusData) -> dict[Role, dict[str, Tokens]]:
+def _tokenised(student: Student, corpus: CorpusData) -> dict[Role, TokenRows]:
     """Tokens of every query, and of the passages that dev measures read."""
     passages = [p for row in corpus.dev.passage_ids for p in row]
     passages += [p for query in corpus.dev_qrels for p in corpus.dev_pools.get(query, ())]
@@ -306,7 +331,7 @@ def _tokenised(student: Student, corpus: CorpusData) -> dict[Role, dict[str, Tok
     }
 
 
-def _shortened(student: Student, corpus: CorpusData, limit: int | None) -> dict[str, Tokens]:
+def _shortened(student: Student, corpus: CorpusData, limit: int | None) -> TokenRows:
     """Tokens of the passages that training reads."""
     passages = [p for row in corpus.train.passage_ids for p in row]
     return _rows(student, corpus.passages, passages, "passage", limit)
@@ -314,9 +339,8 @@ def _shortened(student: Student, corpus: CorpusData, limit: int | None) -> dict[
 
 def _rows(
     student: Student, texts: Mapping[str, str], ids: Iterable[str], role: Role, limit: int | None = None
-) -> dict[str, Tokens]:
-    wanted = sorted(set(ids))
-    return dict(zip(wanted, student.tokenize([texts[i] for i in wanted], role, limit=limit), strict=True))
+) -> TokenRows:
+    return TokenRows(ids, lambda some: student.tokenize([texts[i] for i in some], role, limit=limit))
 
 
 # --- checkpoints: one safetensors file with the progress as JSON in its header -----------------
@@ -360,10 +384,7 @@ def _resume(student: Student, optimiser: torch.optim.Optimizer, folder: Location
                 if key.startswith("optimiser.") and key.split(".", 2)[2] == name
             }
             if state:
-                optimiser.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device)
-                    for key, value in state.items()
-                }
+                optimiser.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
     return Progress(**json.loads(header["progress"]))
 
 

@@ -1,11 +1,13 @@
-"""GradCache (arXiv 2101.06983) as a closure: the loss sees every embedding, memory holds one chunk.
+"""GradCache (arXiv 2101.06983) as a closure: the loss sees every embedding, memory holds few chunks.
 
-The first pass embeds chunk by chunk without a graph; after the loss the second pass embeds each
-chunk again and sends the cached gradient of its embeddings through it. Exact as long as both passes
-compute the same function (dropout off).
+The first pass embeds chunk by chunk, and keeps the graphs of the first chunks as long as they fit; after
+the loss these go backward at once, and each of the others is embedded again. Kept or computed again, a
+chunk gives the same gradient, as long as ``embed`` is a function of the chunk alone (dropout off, or its
+masks drawn from the chunk).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -15,22 +17,48 @@ Chunk = TypeVar("Chunk")
 
 
 def embed_cached(
-    chunks: Sequence[Chunk], embed: Callable[[Chunk], Tensor]
+    chunks: Sequence[Chunk], embed: Callable[[Chunk], Tensor], *, keep_bytes: int = 0
 ) -> tuple[Tensor, Callable[[Tensor], None]]:
-    """Embeddings of all chunks, in order, and the function that back-propagates through them.
+    """Embeddings of all chunks, in order, and the function that back-propagates through them, once.
 
-    Returns (embeddings_ND without graph, backward). ``backward(gradient_ND)`` adds to the ``.grad``
-    of whatever parameters ``embed`` uses.
+    chunks: the dearest first; they save the most and, going backward first, make room for the others.
+    keep_bytes: what graphs may take between the passes. The first chunk's is always kept (computing it
+    again would take as much), a further one's if a graph like the last one still fits.
+    Returns (embeddings_ND without graph, backward). ``backward(gradient_ND)`` adds to the ``.grad`` of
+    whatever parameters ``embed`` uses.
     """
+    graphs: list[Tensor] = []
+    pieces: list[Tensor] = []
+    with _saved_bytes() as saved:
+        used = last = 0
+        for chunk in chunks:
+            if used + last > keep_bytes and graphs:
+                break
+            graphs.append(embed(chunk))
+            pieces.append(graphs[-1].detach())
+            used, last = saved(), saved() - used
     with torch.no_grad():
-        pieces = [embed(chunk) for chunk in chunks]
+        pieces += [embed(chunk) for chunk in chunks[len(graphs) :]]
 
     def backward(gradient_ND: Tensor) -> None:
-        start = 0
-        for chunk, piece in zip(chunks, pieces, strict=True):
-            gradient = gradient_ND[start : start + len(piece)]
-            start += len(piece)
-            again = embed(chunk)
-            again.backward(gradient.to(again.dtype))  # type: ignore[no-untyped-call]
+        gradients = gradient_ND.split([len(piece) for piece in pieces])
+        for chunk, gradient in zip(chunks, gradients, strict=True):
+            output = graphs.pop(0) if graphs else embed(chunk)
+            with torch.autocast(output.device.type, enabled=False):  # where the caller has one around this
+                output.backward(gradient.to(output.dtype))  # type: ignore[no-untyped-call]
 
     return torch.cat(pieces), backward
+
+
+@contextmanager
+def _saved_bytes() -> Iterator[Callable[[], int]]:
+    """Counts the memory that graphs made inside hold on to, each storage once."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(sizes.values())

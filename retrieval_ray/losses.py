@@ -1,6 +1,7 @@
 """Losses: tensors in, scalar out. Temperatures are required keywords.
 
-Shapes: B queries, K passages of a query's own list, N different passages of the whole batch.
+Shapes: B queries, K passages of a query's own list (the positive first), J = K - 1 negatives, N different
+passages of the whole batch. Every loss is a mean over queries, so a batch may be taken in blocks.
 """
 
 import torch
@@ -48,6 +49,61 @@ def infonce(
     candidates_BN = (logits_BN + weight_BN).masked_fill(excluded_BN & ~own_BN, -torch.inf)
     positive = logits_BN.gather(1, positive_B[:, None]).squeeze(1)
     return (torch.logsumexp(candidates_BN, dim=1) - positive).mean()
+
+
+def infonce_list(student_BK: Tensor, *, excluded_BK: Tensor, temperature: float) -> Tensor:
+    """Contrastive loss of each query's positive, its list's first, over its own list; mean over queries.
+
+    excluded_BK: True where a passage is left out; the positive never is (arXiv 2412.17364, whose batches
+    are single lists).
+    """
+    left_out_BK = excluded_BK.clone()
+    left_out_BK[:, 0] = False
+    logits_BK = (student_BK / temperature).masked_fill(left_out_BK, -torch.inf)
+    return -torch.log_softmax(logits_BK, dim=1)[:, 0].mean()
+
+
+def margin_mse(
+    student_BK: Tensor,
+    teacher_BK: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> Tensor:
+    """Squared difference of the margins of the positive over each negative, mean over all of them.
+
+    MarginMSE (arXiv 2010.02666, eq. 4). Both margins are counted in their own temperature, so that
+    normalised teacher scores and cosines share a scale; with both temperatures 1 it is the paper's.
+    """
+    student_BK, teacher_BK = student_BK / student_temperature, teacher_BK / teacher_temperature
+    student = student_BK[:, :1] - student_BK[:, 1:]
+    teacher = teacher_BK[:, :1] - teacher_BK[:, 1:]
+    return (student - teacher).square().mean()
+
+
+def ranking(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:
+    """Rank-only distillation: log(1 + e^{(c_j - c_i) / tau}) over pairs that the teacher puts i before j.
+
+    RankNet (Burges et al., ICML 2005) against a teacher's permutation (arXiv 2304.09542, 4.2), mean over
+    a list's ordered pairs, then over lists. Of the teacher only the order counts, a higher number being
+    better. Unlike a likelihood of the whole permutation (ListMLE) it takes ties and half-ordered lists:
+    a pair of equals asks for nothing.
+    """
+    before_BKK = (teacher_BK[:, :, None] > teacher_BK[:, None, :]).to(student_BK.dtype)
+    behind_BKK = (student_BK[:, None, :] - student_BK[:, :, None]) / temperature
+    pairs_B = before_BKK.sum(dim=(1, 2)).clamp(min=1)
+    return ((before_BKK * torch.nn.functional.softplus(behind_BKK)).sum(dim=(1, 2)) / pairs_B).mean()
+
+
+def clp(cosine_BJ: Tensor, there_BJ: Tensor) -> Tensor:
+    """The contrastive learning penalty: 1 - cos(q*_k, d-_k), mean over a list's negatives, then over lists.
+
+    It draws each negative toward the query that it does answer; gradients flow into both (arXiv
+    2412.17364, as its code has it, batched; the printed formula has another sign).
+    cosine_BJ: each of the J negatives with its own query. there_BJ: False where it has none.
+    """
+    there = there_BJ.to(cosine_BJ.dtype)
+    return ((1 - cosine_BJ) * there).sum(dim=1).div(there.sum(dim=1).clamp(min=1)).mean()
 
 
 def calibrate_temperature(student_BK: Tensor, teacher_BK: Tensor, *, teacher_temperature: float) -> float:

@@ -15,6 +15,14 @@ from matplotlib.axes import Axes
 
 from retrieval_ray.metrics import METRICS
 
+_TERMS = {  # of the loss
+    "infonce": ("InfoNCE", "#d4881c"),
+    "infonce_list": ("InfoNCE of the list", "#a33ea1"),
+    "kl": ("KL to the teacher", "#1f6feb"),
+    "margin_mse": ("MarginMSE", "#2a9d5c"),
+    "ranking": ("RankNet", "#7a6a4f"),
+    "clp": ("CLP", "#c2334d"),
+}
 _COLOURS = {
     "base": "#8a8f98", "adapted": "#1f6feb", "teacher": "#d4881c", "bm25": "#5aa469",
     "candidate": "#b35c9e",
@@ -289,13 +297,14 @@ def _epochs(fit: Mapping[str, Any], training: Mapping[str, Any]) -> str:
 
 
 def _loss(ax: Axes, fit: Mapping[str, Any]) -> None:
-    for term, name, colour in (("infonce", "InfoNCE", "#d4881c"), ("kl", "KL to the teacher", "#1f6feb")):
-        ax.plot(
-            [row["step"] for row in fit["steps"]],
-            [row[term] for row in fit["steps"]],
-            label=name,
-            color=colour,
-        )
+    for term, (name, colour) in _TERMS.items():
+        if any(term in row for row in fit["steps"]):
+            ax.plot(
+                [row["step"] for row in fit["steps"]],
+                [row[term] for row in fit["steps"]],
+                label=name,
+                color=colour,
+            )
     ax.set_yscale("log")
     ax.grid(axis="y")
     ax.set_title("Training loss by step (log scale, before weighting)")

@@ -1,12 +1,15 @@
-"""One training step without Ray: each different passage encoded once, across workers.
+"""One training step without Ray: each different text encoded once, across workers.
 
 Every text of the step has one owner rank. Chunks are cut over the whole batch and dealt to ranks,
 so what is computed together does not depend on how many ranks there are. Embeddings are gathered,
 every rank computes the same loss, takes the gradient of its own embeddings back through its own
-chunks, and parameter gradients are summed once.
+chunks, and parameter gradients are summed once. Accumulating gradients over smaller steps is never
+needed: a batch of any size fits, chunk by chunk, and its loss sees all of it.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,56 +18,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from retrieval_ray import losses
 from retrieval_ray.batching import cut_chunks, deal, excluded_mask, unique_passages
 from retrieval_ray.gradcache import embed_cached
-from retrieval_ray.student import Role, Student, Tokens
+from retrieval_ray.objective import Batch, Objective, loss_and_gradient
+from retrieval_ray.student import Role, Student
+from retrieval_ray.throughput import training_flops
+from retrieval_ray.tokens import Tokens
 
-Piece = tuple[Role, list[int]]  # a chunk: the role of its texts and where they stand
+Piece = tuple[int, Role, list[int]]  # a chunk: its number, the role of its texts and where they stand
 
 
 @dataclass(frozen=True)
 class Lists:
-    """B queries with their lists of K passages, as ids."""
+    """B queries with their lists of K passages, as ids; the first of a list is its positive."""
 
     query_ids: Sequence[str]
     passage_ids: Sequence[Sequence[str]]
     teacher_BK: npt.NDArray[np.floating]
     excluded_ids: Sequence[Sequence[str]]
+    # the query that each negative does answer (K - 1 a list, None where unknown), for CLP
+    negative_query_ids: Sequence[Sequence[str | None]] | None = None
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The combined loss: listwise KL + infonce_weight x InfoNCE, with their temperatures."""
+class Clock:
+    """Seconds by name: each lap gets what went by since the last. On a GPU its work is waited for."""
 
-    student_temperature: float
-    teacher_temperature: float
-    infonce_temperature: float
-    infonce_weight: float
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._last = self._now()
 
-    def __call__(
-        self,
-        scores_BN: Tensor,
-        index_BK: Tensor,
-        teacher_BK: Tensor,
-        excluded_BN: Tensor,
-        counts_N: Tensor,
-    ) -> dict[str, Tensor]:
-        """Named terms and their weighted sum ``loss``. The positive is each list's first."""
-        kl = losses.listwise_kl(
-            scores_BN.gather(1, index_BK),
-            teacher_BK,
-            student_temperature=self.student_temperature,
-            teacher_temperature=self.teacher_temperature,
-        )
-        infonce = losses.infonce(
-            scores_BN,
-            index_BK[:, 0],
-            excluded_BN=excluded_BN,
-            counts_N=counts_N,
-            temperature=self.infonce_temperature,
-        )
-        return {"kl": kl, "infonce": infonce, "loss": kl + self.infonce_weight * infonce}
+    def lap(self, name: str) -> None:
+        now = self._now()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def world() -> tuple[int, int]:
@@ -75,45 +67,80 @@ def world() -> tuple[int, int]:
 
 
 def embed_shared(
-    student: Student, queries: Sequence[Tokens], passages: Sequence[Tokens], *, chunk_tokens: int
+    student: Student,
+    queries: Sequence[Tokens],
+    passages: Sequence[Tokens],
+    *,
+    chunk_tokens: int,
+    keep_bytes: int = 0,
+    dropout_seed: Sequence[int] | None = None,
+    clock: Clock | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], None]]:
     """Embeddings of all queries, then all passages, computed by all ranks together.
 
+    keep_bytes: see ``embed_cached``. dropout_seed: None switches the student's dropout off; else each
+    chunk draws its masks from this and its number, in both passes and on whichever rank.
     Returns (embeddings_MD, backward); ``backward(gradient_MD)`` adds this rank's share to the
     parameters' gradients and then sums them over ranks.
     """
     rank, ranks = world()
+    clock = clock or Clock(student.device)
     rows = [*queries, *passages]
     pieces: list[Piece] = []
     for role, texts, offset in (("query", queries, 0), ("passage", passages, len(queries))):
         for chunk in cut_chunks([len(row) for row in texts], chunk_tokens):
-            pieces.append((role, (chunk + offset).tolist()))  # type: ignore[arg-type]
-    cost = [len(piece) * max(len(rows[i]) for i in piece) for _, piece in pieces]
-    owner = deal(cost, ranks)
-    mine = [piece for piece, o in zip(pieces, owner, strict=True) if o == rank]
-
-    def embed(piece: Piece) -> Tensor:
-        role, positions = piece
-        return student.embed([rows[i] for i in positions], role)
-
-    if mine:
-        own_ND, back = embed_cached(mine, embed)
-    else:
-        own_ND, back = torch.zeros(0, student.dimension, device=student.device), lambda _: None
-    order = [
-        [i for (_, piece), o in zip(pieces, owner, strict=True) if o == r for i in piece]
+            pieces.append((len(pieces), role, (chunk + offset).tolist()))  # type: ignore[arg-type]
+    width = [max(len(rows[i]) for i in piece) for _, _, piece in pieces]
+    owner = deal([len(piece) * w for (_, _, piece), w in zip(pieces, width, strict=True)], ranks)
+    # the widest first: per byte of a graph, attention makes them the dearest to compute again
+    dealt = [
+        sorted((piece for piece in pieces if owner[piece[0]] == r), key=lambda piece: -width[piece[0]])
         for r in range(ranks)
     ]
+
+    def embed(piece: Piece) -> Tensor:
+        number, role, positions = piece
+        with _dropout(student, None if dropout_seed is None else [*dropout_seed, number]):
+            return student.embed([rows[i] for i in positions], role)
+
+    clock.lap("data")
+    if dealt[rank]:
+        with student.autocast():
+            own_ND, back = embed_cached(dealt[rank], embed, keep_bytes=keep_bytes)
+    else:
+        own_ND, back = torch.zeros(0, student.dimension, device=student.device), lambda _: None
+    clock.lap("forward")
+    order = [[i for _, _, positions in chunks for i in positions] for chunks in dealt]
     gathered = _all_gather(own_ND, [len(positions) for positions in order])
     embeddings_MD = torch.empty(len(rows), student.dimension, device=student.device)
     for positions, part in zip(order, gathered, strict=True):
         embeddings_MD[positions] = part
+    clock.lap("communication")
 
     def backward(gradient_MD: Tensor) -> None:
-        back(gradient_MD[order[rank]])
+        with student.autocast():
+            back(gradient_MD[order[rank]])
+        clock.lap("backward")
         sum_gradients(student)
+        clock.lap("communication")
 
     return embeddings_MD, backward
+
+
+@contextmanager
+def _dropout(student: Student, seed: Sequence[int] | None) -> Iterator[None]:
+    """The student's dropout on, its masks drawn from a seed; the outer streams are left where they are."""
+    if seed is None:
+        yield
+        return
+    devices = [student.device] if student.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+        student.model.train()
+        try:
+            yield
+        finally:
+            student.model.eval()
 
 
 def training_step(
@@ -124,40 +151,71 @@ def training_step(
     objective: Objective,
     *,
     chunk_tokens: int,
+    keep_bytes: int = 0,
+    dropout_seed: Sequence[int] | None = None,
+    clock: Clock | None = None,
 ) -> dict[str, float]:
     """Forward and backward of one batch; gradients end in ``.grad``, summed over ranks.
 
-    Returns the loss's terms and how many passages were referred to and encoded. Raises
-    ``FloatingPointError`` naming the queries where the loss is not finite.
+    keep_bytes, dropout_seed: see ``embed_shared``. clock: gets this rank's seconds in data, forward,
+    communication, loss and backward.
+    Returns the loss's terms, how many passages were referred to and encoded, the tokens encoded and the
+    floating-point operations (in tera) that these take, of all ranks together. Raises
+    ``FloatingPointError`` naming the queries where the loss is not finite, ``ValueError`` where CLP has a
+    weight and the lists have no queries of their negatives.
     """
+    clock = clock or Clock(student.device)
     unique = unique_passages(lists.passage_ids)
+    own = lists.negative_query_ids if objective.weights.get("clp") else None
+    if own is None and objective.weights.get("clp"):
+        raise ValueError("CLP needs the queries that the negatives answer: Lists.negative_query_ids")
+    query_at: dict[str, int] = {}  # a negative's query may be a query of the batch too
+    for query_id in [*lists.query_ids, *(q for row in own or () for q in row if q is not None)]:
+        query_at.setdefault(query_id, len(query_at))
+    queries = [query_tokens(query_id) for query_id in query_at]
+    passages = [tokens(passage_id) for passage_id in unique.passage_ids]
     embeddings_MD, backward = embed_shared(
         student,
-        [query_tokens(query_id) for query_id in lists.query_ids],
-        [tokens(passage_id) for passage_id in unique.passage_ids],
+        queries,
+        passages,
         chunk_tokens=chunk_tokens,
+        keep_bytes=keep_bytes,
+        dropout_seed=dropout_seed,
+        clock=clock,
     )
-    leaf_MD = embeddings_MD.detach().requires_grad_(True)
-    split = len(lists.query_ids)
-    # float64, as in the papers: InfoNCE's temperature magnifies what float32 would round off
-    scores_BN = leaf_MD[:split].double() @ leaf_MD[split:].double().T
-    device = leaf_MD.device
-    terms = objective(
-        scores_BN,
-        torch.from_numpy(unique.index_BK).to(device),
-        torch.from_numpy(np.asarray(lists.teacher_BK, dtype=np.float64)).to(device),
-        torch.from_numpy(excluded_mask(unique, lists.excluded_ids)).to(device),
-        torch.from_numpy(unique.counts_N).to(device),
+    device = embeddings_MD.device
+
+    def excluded(part: slice) -> Tensor:
+        return torch.from_numpy(excluded_mask(unique, lists.excluded_ids[part])).to(device)
+
+    own = own or [[None] * (unique.index_BK.shape[1] - 1)] * len(lists.query_ids)
+    values, gradient_MD = loss_and_gradient(
+        objective,
+        embeddings_MD.split([len(queries), len(passages)]),
+        Batch(
+            query_B=torch.tensor([query_at[q] for q in lists.query_ids], device=device),
+            index_BK=torch.from_numpy(unique.index_BK).to(device),
+            teacher_BK=torch.from_numpy(np.asarray(lists.teacher_BK, dtype=np.float64)).to(device),
+            excluded=excluded,
+            counts_N=torch.from_numpy(unique.counts_N).to(device),
+            own_BJ=torch.tensor(
+                [[-1 if q is None else query_at[q] for q in row] for row in own],
+                dtype=torch.int64,
+                device=device,
+            ),
+        ),
     )
-    if not torch.isfinite(terms["loss"]):
+    clock.lap("loss")
+    lengths = [len(row) for row in (*queries, *passages)]
+    if not np.isfinite(values["loss"]):
         raise FloatingPointError(f"the loss is not finite; queries {list(lists.query_ids)[:5]}")
-    terms["loss"].backward()  # type: ignore[no-untyped-call]
-    assert leaf_MD.grad is not None
-    backward(leaf_MD.grad)
+    backward(gradient_MD.to(embeddings_MD.dtype))
     return {
-        **{name: float(value.detach()) for name, value in terms.items()},
+        **values,
         "passages": float(unique.index_BK.size),
-        "encoded": float(len(unique.passage_ids)),
+        "encoded": float(len(passages)),
+        "tokens": float(sum(lengths)),
+        "tflop": training_flops(student.model, lengths) / 1e12,
     }
 
 

@@ -86,6 +86,53 @@ def infonce(
     return sum(losses) / len(losses)
 
 
+def infonce_list(student: Tensor, excluded: Sequence[Sequence[bool]], temperature: float) -> Tensor:
+    """Each list's first against the rest of its list; mean over lists."""
+    total = student.new_zeros(())
+    for row, left_out in zip(student, excluded, strict=True):
+        positive = (row[0] / temperature).exp()
+        below = positive
+        for place in range(1, len(row)):
+            if not left_out[place]:
+                below = below + (row[place] / temperature).exp()
+        total = total - (positive / below).log()
+    return total / len(student)
+
+
+def margin_mse(
+    student: Tensor, teacher: Tensor, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Mean over all negatives of the squared difference of the positive's leads over it."""
+    errors = []
+    for row, taught in zip(student, teacher, strict=True):
+        for place in range(1, len(row)):
+            lead = (row[0] - row[place]) / student_temperature
+            errors.append((lead - (taught[0] - taught[place]) / teacher_temperature) ** 2)
+    return sum(errors) / len(errors)
+
+
+def ranking(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """RankNet: mean over a list's pairs that the teacher orders, then over lists."""
+    total = student.new_zeros(())
+    for row, taught in zip(student, teacher, strict=True):
+        pairs = []
+        for better in range(len(row)):
+            for worse in range(len(row)):
+                if taught[better] > taught[worse]:
+                    pairs.append((1 + ((row[worse] - row[better]) / temperature).exp()).log())
+        total = total + (sum(pairs) / len(pairs) if pairs else 0.0)
+    return total / len(student)
+
+
+def clp(cosines: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    """1 - the cosine of a negative and its own query (None: it has none), mean of means."""
+    means = []
+    for row in cosines:
+        there = [1 - cosine for cosine in row if cosine is not None]
+        means.append(sum(there) / len(there) if there else 0.0)
+    return sum(means) / len(means)
+
+
 def minimum_on_grid(f: Callable[[float], float], low: float, high: float, points: int) -> float:
     """The place of the least value among evenly spaced (in the logarithm) points."""
     step = (math.log(high) - math.log(low)) / (points - 1)

@@ -191,7 +191,22 @@ def test_a_misspelt_key_of_one_of_several_corpora_says_which(path: Path) -> None
 def test_a_key_like_no_other_gives_the_known_ones(path: Path) -> None:
     said = error_of(path, "train.qqqqq=1")
     assert "'train.qqqqq'" in said
-    assert all(key.removeprefix("train.") in said for key in leaves() if key.startswith("train."))
+    known = {key.split(".")[1] for key in leaves() if key.startswith("train.")}
+    assert "terms" in known and all(key in said for key in known)
+
+
+def test_the_terms_of_the_loss_are_those_that_can_be_computed() -> None:
+    from retrieval_ray.objective import TERMS
+
+    assert list(vars(Config().train.terms)) == list(TERMS)
+
+
+def test_a_term_is_switched_on_by_its_weight(path: Path) -> None:
+    terms = load(str(path), ["train.terms.ranking=0.5", "train.terms.infonce=0"]).train.terms
+    assert (terms.kl, terms.infonce, terms.ranking) == (1.0, 0.0, 0.5)
+    assert "'train.terms.ranking'" in error_of(path, "train.terms.rankings=1")
+    assert "train.terms" in error_of(path, "train.terms.kl=0", "train.terms.infonce=0")
+    assert "queries.negatives" in error_of(path, "train.terms.clp=0.1")
 
 
 @given(st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12))
@@ -404,7 +419,7 @@ def test_values_on_the_edge_are_accepted(path: Path) -> None:
         "train.teacher_temperature=0",
         "train.student_temperature=0",
         "train.infonce_temperature=-1",
-        "train.infonce_weight=-1",
+        "train.terms.infonce=-1",
         "train.chunk_tokens=0",
         "train.checkpoint_minutes=-1",
         "compute.threads=0",

@@ -10,7 +10,15 @@ from sentence_transformers.sentence_transformer import losses as peers
 from torch.nn.functional import normalize
 
 from retrieval_ray.batching import excluded_mask, unique_passages
-from retrieval_ray.losses import calibrate_temperature, infonce, listwise_kl
+from retrieval_ray.losses import (
+    calibrate_temperature,
+    clp,
+    infonce,
+    infonce_list,
+    listwise_kl,
+    margin_mse,
+    ranking,
+)
 from tests import oracles
 
 SEEDS = st.integers(0, 10_000)
@@ -168,6 +176,68 @@ def test_infonce_is_finite_at_the_papers_temperature_and_opposite_vectors():
     vectors = {"a": -queries[0], "b": queries[0]}
     loss = _ours(queries[:1], vectors, [["a", "b"]], [[]], 0.01)
     assert float(loss) == pytest.approx(200.0)
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 6), TEMPERATURES)
+def test_infonce_of_the_list_is_the_naive_loss(seed, rows, size, temperature):
+    student, excluded = 2 * _random(seed, rows, size) - 1, _random(seed + 1, rows, size) < 0.3
+    ours = infonce_list(student, excluded_BK=excluded, temperature=temperature)
+    naive = oracles.infonce_list(student, excluded.tolist(), temperature)
+    torch.testing.assert_close(ours, naive, atol=1e-10, rtol=1e-9)
+
+
+def test_infonce_of_lists_without_exclusions_is_cross_entropy():
+    student = 2 * _random(0, 5, 4) - 1
+    ours = infonce_list(student, excluded_BK=torch.zeros(5, 4, dtype=torch.bool), temperature=0.02)
+    expected = torch.nn.functional.cross_entropy(student / 0.02, torch.zeros(5, dtype=torch.long))
+    torch.testing.assert_close(ours, expected)
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(2, 6), TEMPERATURES, TEMPERATURES)
+def test_margin_mse_is_the_naive_mean(seed, rows, size, student_temperature, teacher_temperature):
+    student, teacher = 2 * _random(seed, rows, size) - 1, _random(seed + 1, rows, size)
+    temperatures = {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
+    naive = oracles.margin_mse(student, teacher, student_temperature, teacher_temperature)
+    torch.testing.assert_close(margin_mse(student, teacher, **temperatures), naive)
+
+
+def test_margin_mse_at_temperature_one_is_sentence_transformers_loss():
+    queries, passages, teacher = _unit(0, 6, 8), _unit(1, 6, 5, 8), _random(2, 6, 5)
+    peer = peers.MarginMSELoss(None)
+    theirs = peer.compute_loss_from_embeddings([queries, *passages.unbind(1)], teacher)
+    student = torch.einsum("bd,bkd->bk", queries, passages)
+    ours = margin_mse(student, teacher, student_temperature=1.0, teacher_temperature=1.0)
+    torch.testing.assert_close(ours, theirs)
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 6), TEMPERATURES, st.booleans())
+def test_ranking_is_the_naive_mean_over_ordered_pairs(seed, rows, size, temperature, ties):
+    student, teacher = 2 * _random(seed, rows, size) - 1, _random(seed + 1, rows, size)
+    teacher = (3 * teacher).round() if ties else teacher
+    naive = oracles.ranking(student, teacher, temperature)
+    torch.testing.assert_close(ranking(student, teacher, temperature=temperature), naive)
+
+
+def test_ranking_sees_the_teachers_order_alone():
+    student, teacher = 2 * _random(0, 4, 6) - 1, _random(1, 4, 6)
+    ours = ranking(student, teacher, temperature=0.1)
+    assert torch.equal(ours, ranking(student, (9 * teacher).exp() - 5, temperature=0.1))
+    assert float(ranking(teacher, teacher, temperature=1e-4)) < 1e-6 < float(ours)
+
+
+def test_clp_is_the_naive_mean_and_its_gradient_draws_negatives_to_their_queries():
+    cosine = (2 * _random(0, 4, 3) - 1).requires_grad_()
+    there = torch.tensor([[True, True, False], [False, True, False], [True] * 3, [False] * 3])
+    naive = oracles.clp(
+        [
+            [value if is_there else None for value, is_there in zip(*row, strict=True)]
+            for row in zip(cosine, there.tolist(), strict=True)
+        ]
+    )
+    ours = clp(cosine, there)
+    torch.testing.assert_close(ours, naive)
+    ours.backward()
+    assert (cosine.grad[there] < 0).all() and (cosine.grad[~there] == 0).all()
 
 
 @given(SEEDS, st.floats(0.02, 0.5), st.floats(0.05, 0.5))

@@ -1,21 +1,27 @@
 """One training step = plain backward through the whole batch, for any chunks and any ranks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from retrieval_ray.step import Lists, Objective, embed_shared, training_step
+from retrieval_ray import objective
+from retrieval_ray.objective import Objective
+from retrieval_ray.step import Lists, _dropout, embed_shared, training_step
 from retrieval_ray.student import Student
 from tests import oracles
 
 OBJECTIVE = Objective(
+    {"kl": 1.0, "infonce": 0.1, "infonce_list": 0.2, "margin_mse": 0.03, "ranking": 0.4, "clp": 0.5},
     student_temperature=0.05,
     teacher_temperature=0.3,
     infonce_temperature=0.02,
-    infonce_weight=0.1,
 )
 RANKS = 3
 CHUNKS = (1, 60, 100_000)  # one text a chunk; several; two chunks in all, so that a rank has none
@@ -28,6 +34,7 @@ class DoubleStudent:
         self.inner = Student(folder, precision="float32", device="cpu")
         self.model = self.inner.model.double()
         self.device, self.dimension = self.inner.device, self.inner.dimension
+        self.autocast = self.inner.autocast
 
     def embed(self, rows, role):
         features = self.inner._features(rows, role)
@@ -44,8 +51,9 @@ def _batch(size, *, places=4, passages=9, seed=0):
     ids = [f"p{n}" for n in range(passages)]
     lists = [[str(passage) for passage in rng.permutation(ids)[:places]] for _ in range(size)]
     excluded = [[str(p) for p in rng.choice([*ids, "elsewhere"], 3) if p != row[0]] for row in lists]
-    teacher = rng.random((size, places))
-    return Lists([f"q{n}" for n in range(size)], lists, teacher, excluded)
+    teacher = rng.random((size, places)).round(1)  # some ties
+    answered = [[*rng.choice(["q0", "q7", "q8", None], places - 1)] for _ in range(size)]
+    return Lists([f"q{n}" for n in range(size)], lists, teacher, excluded, answered)
 
 
 def _rows(seed=0):
@@ -57,28 +65,49 @@ def _rows(seed=0):
     }
 
 
-def _step(student, batch, chunk_tokens, rows=None):
-    rows = rows or _rows()
-    return training_step(
-        student, batch, rows.__getitem__, rows.__getitem__, OBJECTIVE, chunk_tokens=chunk_tokens
-    )
+def _step(student, batch, chunk_tokens, **more):
+    rows = _rows()
+    more = {"objective": OBJECTIVE, "chunk_tokens": chunk_tokens, **more}
+    return training_step(student, batch, rows.__getitem__, rows.__getitem__, **more)
 
 
 def _gradients(student):
     return {name: parameter.grad for name, parameter in student.model.named_parameters()}
 
 
-def _naive(student, batch):
-    """The papers' loss: every list's passages encoded with it, again and again, in one graph."""
+def _naive(student, batch, embed=None):
+    """The papers' loss: every list's passages encoded with it, again and again, in one graph.
+
+    Likewise the negatives' queries.
+    """
     rows = _rows()
-    queries = student.embed([rows[q] for q in batch.query_ids], "query").double()
-    vectors = [student.embed([rows[p] for p in row], "passage").double() for row in batch.passage_ids]
+    embed = embed or (lambda names, role: student.embed([rows[name] for name in names], role))
+    queries = embed(batch.query_ids, "query").double()
+    vectors = [embed(row, "passage").double() for row in batch.passage_ids]
     scores = torch.stack([own @ query for own, query in zip(vectors, queries, strict=True)])
-    kl = oracles.listwise_kl(scores, torch.from_numpy(batch.teacher_BK).double(), 0.05, 0.3)
-    infonce = oracles.infonce(queries, vectors, batch.passage_ids, batch.excluded_ids, 0.02)
-    loss = kl + 0.1 * infonce
+    teacher = torch.from_numpy(batch.teacher_BK).double()
+    left_out = [
+        [p in excluded for p in row]
+        for row, excluded in zip(batch.passage_ids, batch.excluded_ids, strict=True)
+    ]
+    own = [
+        [
+            None if name is None else embed([name], "query")[0].double() @ vector
+            for name, vector in zip(names, row[1:], strict=True)
+        ]
+        for names, row in zip(batch.negative_query_ids, vectors, strict=True)
+    ]
+    terms = {
+        "kl": oracles.listwise_kl(scores, teacher, 0.05, 0.3),
+        "infonce": oracles.infonce(queries, vectors, batch.passage_ids, batch.excluded_ids, 0.02),
+        "infonce_list": oracles.infonce_list(scores, left_out, 0.02),
+        "margin_mse": oracles.margin_mse(scores, teacher, 0.05, 0.3),
+        "ranking": oracles.ranking(scores, teacher, 0.05),
+        "clp": oracles.clp(own),
+    }
+    loss = sum(OBJECTIVE.weights[name] * term for name, term in terms.items())
     loss.backward()
-    return {"kl": kl.item(), "infonce": infonce.item(), "loss": loss.item()}
+    return {**{name: term.item() for name, term in terms.items()}, "loss": loss.item()}
 
 
 def _same(ours, theirs, *, relative):
@@ -125,7 +154,8 @@ def test_the_loss_is_computed_in_float64_from_float32_embeddings(student_folder)
     lists = [[vectors[passage] for passage in row] for row in batch.passage_ids]
     expected = oracles.infonce(found[:6].double(), lists, batch.passage_ids, batch.excluded_ids, 0.02)
     assert len({p for row in batch.passage_ids for p in row}) == 9  # so the chunks are the same
-    assert _step(student, batch, 60)["infonce"] == pytest.approx(expected.item(), rel=1e-11)
+    alone = replace(OBJECTIVE, weights={"infonce": 1.0})  # no queries of negatives in the chunks
+    assert _step(student, batch, 60, objective=alone)["infonce"] == pytest.approx(expected.item(), rel=1e-11)
 
 
 def test_bfloat16_points_the_same_way(student_folder):
@@ -143,9 +173,109 @@ def test_bfloat16_points_the_same_way(student_folder):
 def test_the_loss_is_named_terms_and_counts(student_folder):
     batch = _batch(6)
     terms = _step(_student(student_folder), batch, 60)
-    assert terms["loss"] == pytest.approx(terms["kl"] + 0.1 * terms["infonce"])
+    weighted = sum(weight * terms[name] for name, weight in OBJECTIVE.weights.items())
+    assert terms["loss"] == pytest.approx(weighted)
     assert terms["passages"] == 6 * 4
-    assert terms["encoded"] == len({passage for row in batch.passage_ids for passage in row})
+    passages = {passage for row in batch.passage_ids for passage in row}
+    queries = {*batch.query_ids, *(q for row in batch.negative_query_ids for q in row if q)}
+    assert len(queries) < 6 + sum(q is not None for row in batch.negative_query_ids for q in row)
+    assert terms["encoded"] == len(passages)
+    assert terms["tokens"] == sum(len(_rows()[name]) for name in passages | queries)
+
+
+def test_a_term_without_weight_is_not_computed(student_folder):
+    batch, off = _batch(6), {"kl": 1.0, "infonce": 0.0, "clp": 0.0}
+    terms = _step(_student(student_folder), batch, 60, objective=replace(OBJECTIVE, weights=off))
+    assert {"infonce", "clp"}.isdisjoint(terms) and terms["loss"] == terms["kl"]
+    passages = {passage for row in batch.passage_ids for passage in row}
+    read = [*batch.query_ids, *passages]  # not the negatives' queries
+    assert terms["tokens"] == sum(len(_rows()[name]) for name in read)
+    with pytest.raises(ValueError, match="known: kl, infonce"):
+        replace(OBJECTIVE, weights={"hinge": 1.0})
+
+
+def test_clp_without_the_negatives_queries_is_an_error_and_with_none_is_zero(student_folder):
+    alone = replace(OBJECTIVE, weights={"clp": 1.0})
+    batch = replace(_batch(2), negative_query_ids=None)
+    with pytest.raises(ValueError, match="negative_query_ids"):
+        _step(_student(student_folder), batch, 60, objective=alone)
+    student, none = _student(student_folder), replace(batch, negative_query_ids=[[None] * 3] * 2)
+    assert _step(student, none, 60, objective=alone)["loss"] == 0
+    assert all(g is None or not g.any() for g in _gradients(student).values())
+
+
+@pytest.mark.parametrize("cells", [1, 20, 40])
+def test_the_loss_in_blocks_of_queries_is_the_loss_at_once(student_folder, float64, monkeypatch, cells):
+    """Blocks of 1, 2 and 4 of 6 queries over 9 passages: the last one is short."""
+    whole, blocks = DoubleStudent(student_folder), DoubleStudent(student_folder)
+    expected = _step(whole, _batch(6), 60)
+    monkeypatch.setattr(objective, "_BLOCK_CELLS", cells)
+    assert _step(blocks, _batch(6), 60) == pytest.approx(expected, rel=1e-12)
+    _same(_gradients(blocks), _gradients(whole), relative=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout_seed", [None, (7, 3)])
+def test_graphs_that_are_kept_change_no_bit(student_folder, precision, dropout_seed):
+    results = []
+    for keep_bytes in (0, 400_000, 10**9):
+        student = Student(student_folder, precision=precision, device="cpu")
+        terms = _step(student, _batch(6), 60, keep_bytes=keep_bytes, dropout_seed=dropout_seed)
+        results.append((terms, _gradients(student)))
+    for terms, gradients in results[1:]:
+        assert terms == results[0][0]
+        assert all(g is None or torch.equal(g, results[0][1][name]) for name, g in gradients.items())
+
+
+def test_dropout_draws_the_same_masks_in_both_passes(student_folder, float64):
+    """A chunk a text, so that the plain graph can draw each text's masks too."""
+    batch, ours, plain = _batch(6), DoubleStudent(student_folder), DoubleStudent(student_folder)
+    outer = torch.get_rng_state()
+    terms = _step(ours, batch, 1, dropout_seed=(7, 3))
+    assert torch.equal(torch.get_rng_state(), outer) and not ours.model.training
+    assert _step(DoubleStudent(student_folder), batch, 1, dropout_seed=(7, 4))["loss"] != terms["loss"]
+
+    rows = _rows()
+    queries = list(dict.fromkeys([*batch.query_ids, *(q for r in batch.negative_query_ids for q in r if q)]))
+    passages = list(dict.fromkeys(p for row in batch.passage_ids for p in row))
+    number = {}
+    for names in (queries, passages):  # chunks are numbered from the longest text, queries first
+        for name in sorted(names, key=lambda name: -len(rows[name])):
+            number[name] = len(number)
+
+    def embed(names, role):
+        found = []
+        for name in names:
+            with _dropout(plain, (7, 3, number[name])):
+                found.append(plain.embed([rows[name]], role)[0])
+        return torch.stack(found)
+
+    expected = _naive(plain, batch, embed)
+    assert {name: terms[name] for name in expected} == pytest.approx(expected, rel=1e-10)
+    _same(_gradients(ours), _gradients(plain), relative=1e-10)
+    without = _step(DoubleStudent(student_folder), batch, 1)
+    assert abs(without["loss"] - terms["loss"]) > 1e-3
+
+
+@settings(max_examples=15)
+@given(
+    size=st.integers(1, 5),
+    places=st.integers(2, 4),
+    passages=st.integers(4, 9),
+    seed=st.integers(0, 99),
+    chunk_tokens=st.integers(1, 300),
+    keep_bytes=st.sampled_from([0, 100_000, 10**9]),
+)
+def test_any_batch_any_cut_and_any_budget_give_the_plain_gradient(student_folder, **drawn):
+    torch.set_default_dtype(torch.float64)
+    try:
+        chunks = {name: drawn.pop(name) for name in ("chunk_tokens", "keep_bytes")}
+        batch, ours, plain = _batch(**drawn), DoubleStudent(student_folder), DoubleStudent(student_folder)
+        terms, expected = _step(ours, batch, **chunks), _naive(plain, batch)
+        assert {name: terms[name] for name in expected} == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        _same(_gradients(ours), _gradients(plain), relative=1e-9)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_excluded_ids_are_masked_over_the_whole_batch(student_folder):
@@ -156,7 +286,7 @@ def test_excluded_ids_are_masked_over_the_whole_batch(student_folder):
     assert foreign
     losses = {}
     for name, left_out in (("none", []), ("foreign", foreign), ("absent", ["not in the batch"])):
-        lists = Lists(batch.query_ids, batch.passage_ids, batch.teacher_BK, [left_out, [], []])
+        lists = replace(batch, excluded_ids=[left_out, [], []])
         losses[name] = _step(_student(student_folder), lists, 60)
     assert losses["foreign"]["infonce"] < losses["none"]["infonce"] - 1e-6
     assert losses["foreign"]["kl"] == losses["none"]["kl"]
@@ -194,6 +324,9 @@ def _rank(rank, folder, rendezvous, out):
         double = DoubleStudent(folder)
         terms = _step(double, _batch(6), chunk_tokens)
         results["float64", chunk_tokens] = terms, _gradients(double)
+        dropping = DoubleStudent(folder)
+        terms = _step(dropping, _batch(6), chunk_tokens, keep_bytes=300_000 * rank, dropout_seed=(7, 3))
+        results["dropout", chunk_tokens] = terms, _gradients(dropping)
         torch.set_default_dtype(torch.float32)
     torch.save(results, f"{out}/{rank}.pt")
     dist.destroy_process_group()
@@ -227,6 +360,15 @@ def test_several_processes_compute_the_step_of_one_in_float64(ranks, student_fol
     _step(one, _batch(6), chunk_tokens)
     for rank in ranks:
         _same(_used(rank["float64", chunk_tokens][1]), _used(_gradients(one)), relative=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+def test_several_processes_drop_what_one_drops(ranks, student_folder, float64, chunk_tokens):
+    one = DoubleStudent(student_folder)
+    _step(one, _batch(6), chunk_tokens, dropout_seed=(7, 3))
+    for rank in ranks:
+        _same(_used(rank["dropout", chunk_tokens][1]), _used(_gradients(one)), relative=1e-12)
 
 
 def _used(gradients):

@@ -122,6 +122,23 @@ def test_embed_has_a_graph_and_encode_has_none(student_folder, texts):
     assert torch.equal(vectors, student.embed(rows, "query"))  # no dropout
 
 
+@pytest.mark.parametrize(("precision", "plain"), [("float32", False), ("bfloat16", True)])
+def test_training_changes_the_attention_but_neither_vectors_nor_the_saved_model(
+    student_folder, texts, tmp_path, precision, plain
+):
+    student = Student(student_folder, precision=precision, device="cpu")
+    before, config = student.encode(texts, "query", token_budget=300), student.model[0].auto_model.config
+    usual = config._attn_implementation
+    student.prepare_training()
+    assert usual != "eager" and config._attn_implementation == ("eager" if plain else usual)
+    after = student.encode(texts, "query", token_budget=300)
+    np.testing.assert_allclose(after, before, atol=0.03 if plain else 0)
+    student.save(str(tmp_path / "saved"))
+    again = _student(str(tmp_path / "saved"))
+    assert again.model[0].auto_model.config._attn_implementation == usual
+    assert "eager" not in (tmp_path / "saved/config.json").read_text()
+
+
 def test_bfloat16_is_near_and_leaves_the_weights_in_float32(student_folder, texts):
     student = Student(student_folder, precision="bfloat16", device="cpu")
     vectors = student.encode(texts, "query", token_budget=300)

@@ -22,6 +22,7 @@ from retrieval_ray.errors import UserError
 from retrieval_ray.fit import CorpusData, Settings, chosen, fit
 from retrieval_ray.losses import calibrate_temperature
 from retrieval_ray.model_files import Model
+from retrieval_ray.objective import Objective
 from retrieval_ray.progress import progress, say
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
@@ -29,11 +30,11 @@ from retrieval_ray.stages.encode import Vectors, student_arguments, student_iden
 from retrieval_ray.stages.ingest import texts_by_id
 from retrieval_ray.stages.queries import qrels_of, queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
-from retrieval_ray.step import Lists, Objective
+from retrieval_ray.step import Lists
 from retrieval_ray.student import Student
 
-VERSION = 3
-_EXECUTION_KEYS = ("checkpoint_minutes",)
+VERSION = 4
+_EXECUTION_KEYS = ("checkpoint_minutes", "activation_gib")
 _LEAST_STEPS = 8  # an epoch's worth of a small corpus: the batch is scaled down to this
 
 
@@ -114,7 +115,7 @@ def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> S
         f"InfoNCE {infonce:.3g}" + ("" if train.student_temperature else " (calibrated)")
     )
     return Settings(
-        objective=Objective(tau, train.teacher_temperature, infonce, train.infonce_weight),
+        objective=Objective(vars(train.terms), tau, train.teacher_temperature, infonce),
         batch_queries=batch,
         max_epochs=train.max_epochs,
         patience=train.patience,
@@ -125,6 +126,8 @@ def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> S
         lr_floor=train.lr_floor,
         passage_tokens=train.passage_tokens,
         chunk_tokens=train.chunk_tokens,
+        activation_bytes=None if train.activation_gib is None else int(train.activation_gib * 2**30),
+        dropout=train.dropout,
         checkpoint_seconds=60 * train.checkpoint_minutes,
         seed=context.config.seed,
     )
@@ -253,6 +256,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         (folder / "fit.json").write_json(
             {"history": done.history, "steps": done.steps, "best_epoch": done.best_epoch}
         )
+        (folder / "speed.json").write_json(done.speed)
 
 
 @ray.remote(num_cpus=0)

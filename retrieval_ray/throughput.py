@@ -1,0 +1,43 @@
+"""How fast training goes against the device's matrix multiplication: its own measure of a limit."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def training_flops(model: Any, lengths: Sequence[int]) -> float:
+    """Floating-point operations of one forward and backward over texts of these lengths.
+
+    6 per token and parameter that a token goes through (2 forward, 4 backward; embedding tables are read,
+    not multiplied), and for attention 12 per layer, hidden unit, token and token attended to (arXiv
+    2001.08361, 2.1; here both directions, no causal half left out).
+    Recomputation and padding are not counted: they are the price, not the work. model: a
+    SentenceTransformer that begins with a transformers model.
+    """
+    tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    dense = sum(p.numel() for p in model.parameters() if id(p) not in tables and p.dim() > 1)
+    text = model[0].auto_model.config.get_text_config()
+    squares = sum(float(length) ** 2 for length in lengths)
+    return 6.0 * dense * sum(lengths) + 12.0 * text.num_hidden_layers * text.hidden_size * squares
+
+
+def matmul_limit(device: torch.device, precision: str) -> float:
+    """Multiplications and additions per second of one large product at this precision, the best of five."""
+    size = 8192 if device.type == "cuda" else 1536
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):  # the first one warms up
+        _wait(device)
+        start = time.perf_counter()
+        left @ right
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

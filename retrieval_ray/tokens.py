@@ -1,0 +1,41 @@
+"""Token ids of many texts, tokenised once: one flat file that is mapped, not read."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.integer]
+_AT_ONCE = 4096
+
+
+class TokenRows(Mapping[str, Tokens]):
+    """Rows of token ids by text id, as int32 in a file of its own that goes with the process.
+
+    ids: of texts; one given twice is kept once. tokenize: ids of some texts to their rows.
+    """
+
+    def __init__(self, ids: Iterable[str], tokenize: Callable[[Sequence[str]], Sequence[Tokens]]) -> None:
+        wanted = sorted(set(ids))
+        self._place = {text_id: n for n, text_id in enumerate(wanted)}
+        self._ends = np.zeros(len(wanted) + 1, dtype=np.int64)
+        with tempfile.TemporaryFile() as file:
+            for start in range(0, len(wanted), _AT_ONCE):
+                rows = tokenize(wanted[start : start + _AT_ONCE])
+                self._ends[start + 1 : start + 1 + len(rows)] = [len(row) for row in rows]
+                file.write(b"".join(row.astype(np.int32).tobytes() for row in rows))
+            file.flush()
+            np.cumsum(self._ends, out=self._ends)
+            empty = np.zeros(0, dtype=np.int32)  # no empty file can be mapped
+            self._flat = np.memmap(file, dtype=np.int32, mode="r") if self._ends[-1] else empty
+
+    def __getitem__(self, text_id: str) -> Tokens:
+        n = self._place[text_id]
+        return self._flat[self._ends[n] : self._ends[n + 1]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)

@@ -1,0 +1,25 @@
+"""Counted operations against torch's own counter."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from retrieval_ray.student import Student
+from retrieval_ray.throughput import matmul_limit, training_flops
+
+
+def test_the_formula_is_what_torch_counts(student_folder):
+    student = Student(student_folder, precision="float32", device="cpu")
+    student.model[0].auto_model.set_attn_implementation("eager")  # torch counts no fused attention on CPUs
+    rows = [np.array([2, *[7] * 18, 3])] * 5
+    with FlopCounterMode(display=False) as counter:
+        student.embed(rows, "passage").sum().backward()
+    counted = counter.get_total_flops()
+    pooler = 6 * 32 * 32 * 100  # which no sequence of tokens goes through
+    assert training_flops(student.model, [20] * 5) - pooler == pytest.approx(counted, rel=0.02)
+
+
+def test_the_limit_is_a_rate():
+    limit = matmul_limit(torch.device("cpu"), "float32")
+    assert 1e8 < limit < 1e15
