@@ -197,7 +197,7 @@ class ComputeConfig:
     gpus_per_worker: float | None = None  # null: 1 where the cluster has GPUs
     precision: str | None = None  # float32 | bfloat16; null: probed
     threads: int | None = None  # per worker; null: the machine's cores shared out
-    token_budget: int = 16_384  # of one encoding batch, padding included
+    token_budget: int | None = None  # of one encoding batch, padding included; null: 4,096, on GPUs 16,384
 
 
 @dataclass
