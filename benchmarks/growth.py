@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py [--quick]
 
-The encode and retrieve stages on Ray (a tiny random encoder, exact dense search, one worker, a fixed number of
+The encode and retrieve stages on Ray (a tiny random encoder, exact dense search, one worker, always as many
 queries) on growing corpora. Marginal time per passage is (seconds - seconds of the start-up corpus) /
 (passages - its passages); memory is the peak of the driver and all of Ray's processes above what they held
 before the stages began. ``ratio`` is the marginal time at the second size over that at the largest: 1 when
