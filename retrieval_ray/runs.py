@@ -48,6 +48,6 @@ def exact_pairs(
 ) -> npt.NDArray[np.float64]:
     """Dot products of row n with row n in float64; the same numbers as ``exact_dot``'s."""
     products: npt.NDArray[np.float64] = passages_ND.astype(np.float64, order="C")
-    products *= queries_ND.astype(np.float64)
+    products *= queries_ND.astype(np.float64, copy=False)
     summed: npt.NDArray[np.float64] = products.sum(axis=1)
     return summed

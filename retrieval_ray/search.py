@@ -27,7 +27,7 @@ def block_sizes(device: str) -> tuple[int, int]:
 def peak_bytes(queries: int, passages: int, dimension: int, k: int) -> int:
     """What ``TopK`` holds at most for blocks of Q queries and P passages, ids excepted.
 
-    4 D (Q + P)      both blocks in float32
+    4 D (3 Q + 2 P)  both blocks in float32, the queries in float64, the passages as they came
     + 9 Q P          their scores, those of queries without k passages yet, and which are high enough
     + 160 Q k        the running top k and as many new candidates, while they are sorted
     + R (32 D + 80)  R = 4,096 candidates while they are scored in float64
@@ -35,7 +35,7 @@ def peak_bytes(queries: int, passages: int, dimension: int, k: int) -> int:
     It does not grow with the corpus. Where more than Q k passages of a block tie within float32's error,
     16 bytes for each come on top.
     """
-    blocks = 4 * dimension * (queries + passages) + 9 * queries * passages
+    blocks = 4 * dimension * (3 * queries + 2 * passages) + 9 * queries * passages
     return blocks + 160 * queries * k + _RESCORED * (32 * dimension + 80)
 
 
@@ -47,7 +47,7 @@ class TopK:
 
     def __init__(self, queries_QD: Vectors, k: int, *, device: str = "cpu") -> None:
         self.k = k
-        self.queries_QD = queries_QD
+        self._queries64_QD = queries_QD.astype(np.float64)
         self._device = torch.device(device)
         self._queries32_QD = _float32(queries_QD, self._device)
         self._norm_Q = self._queries32_QD.norm(dim=1)
@@ -59,7 +59,7 @@ class TopK:
 
     def add(self, passage_ids: Sequence[str], vectors_PD: Vectors) -> None:
         """Search one block of passages; no id may come twice."""
-        if not len(passage_ids) or not len(self.queries_QD) or self.k < 1:
+        if not len(passage_ids) or not len(self._queries64_QD) or self.k < 1:
             return
         passages_PD = _float32(vectors_PD, self._device)
         longest = passages_PD.norm(dim=1).nan_to_num(0.0, 0.0).max()
@@ -76,16 +76,18 @@ class TopK:
             del scores_UP
         limit_Q.clamp_(min=_LOWEST)
         found_N2 = (scores_QP >= limit_Q[:, None]).nonzero().cpu().numpy()
-        del scores_QP, passages_PD
+        exact = vectors_PD.dtype == np.float64 or passages_PD.device.type != "cpu"
+        rows_PD = vectors_PD if exact else passages_PD.numpy()  # float16 is slow to convert
+        del scores_QP
         ids = np.asarray(passage_ids, dtype=object)
         for start in range(0, len(found_N2), _RESCORED):
             query, position = found_N2[start : start + _RESCORED].T
-            score = exact_pairs(self.queries_QD[query], vectors_PD[position])
+            score = exact_pairs(self._queries64_QD[query], rows_PD[position])
             finite = np.isfinite(score)
             self._query = np.concatenate([self._query, query[finite]])
             self._passage = np.concatenate([self._passage, ids[position[finite]]])
             self._score = np.concatenate([self._score, score[finite]])
-            if len(self._score) > self._kept + max(_RESCORED, len(self.queries_QD) * self.k):
+            if len(self._score) > self._kept + max(_RESCORED, len(self._queries64_QD) * self.k):
                 self._sort()
         if self._limit_stale():
             self._sort()
@@ -93,7 +95,7 @@ class TopK:
     def rankings(self) -> list[Ranking]:
         """The top k of each query so far, ties by passage_id."""
         self._sort()
-        starts = np.searchsorted(self._query, np.arange(len(self.queries_QD) + 1))
+        starts = np.searchsorted(self._query, np.arange(len(self._queries64_QD) + 1))
         return [
             list(zip(self._passage[a:b].tolist(), self._score[a:b].tolist(), strict=True))
             for a, b in zip(starts[:-1], starts[1:], strict=True)
@@ -101,7 +103,7 @@ class TopK:
 
     def _limit_stale(self) -> bool:
         """Whether sorting now would shorten later blocks' lists much."""
-        return self._kept < len(self.queries_QD) * self.k or len(self._score) > 1.25 * self._kept
+        return self._kept < len(self._queries64_QD) * self.k or len(self._score) > 1.25 * self._kept
 
     def _sort(self) -> None:
         """Sort the candidates, keep each query's first k, and raise the limits to its k-th score."""
@@ -157,10 +159,8 @@ def _concatenated(blocks: list[Block]) -> Block:
 
 
 def _float32(vectors: Vectors, device: torch.device) -> torch.Tensor:
-    """As float32 on the device; float16 travels as it is."""
-    if vectors.dtype == np.float16 and device.type != "cpu":
-        return torch.from_numpy(np.ascontiguousarray(vectors)).to(device).float()
-    return torch.from_numpy(vectors.astype(np.float32, order="C")).to(device)
+    """As float32 on the device; float16 travels as it is. A copy: mapped files cannot be written to."""
+    return torch.from_numpy(np.array(vectors, order="C")).to(device).float()
 
 
 def _runs(equal: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -137,7 +137,7 @@ def _traced_peak(queries, dimension, rows, blocks, k):
 def test_memory_is_bounded_by_the_formula_and_does_not_grow_with_the_corpus():
     """Tensors are not traced, so their part (blocks, scores, mask) is taken off the formula."""
     queries, dimension, rows, k = 64, 32, 2048, 50
-    tensors = 4 * dimension * (queries + rows) + 9 * queries * rows
+    tensors = 4 * dimension * (queries + rows) + 9 * queries * rows  # both blocks, scores, mask
     ids = 2 * rows * 80  # of this block and the one before
     limit = peak_bytes(queries, rows, dimension, k) - tensors + ids + 2 * rows * dimension
     few, many = (_traced_peak(queries, dimension, rows, blocks, k) for blocks in (3, 12))
