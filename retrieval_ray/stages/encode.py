@@ -82,8 +82,8 @@ def _encode(context: Context, texts: Stage, role: Role, label: str) -> Stage:
         return target
     buckets = int(texts.manifest()["buckets"])
     names = [part_name("vectors", number, "arrow") for number in range(buckets)]
-    there = set(names) - set(target.missing(names))
-    missing = [n for n, name in enumerate(names) if name not in there]
+    absent = set(target.missing(names))
+    missing = [n for n, name in enumerate(names) if name in absent]
     at_once = max(1, min(_PARTS_AT_ONCE, len(missing) // (4 * context.config.compute.workers)))
     facts = run_parts(
         context,

@@ -64,18 +64,18 @@ def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], lab
         return target
     buckets = int(encoded.queries.manifest()["buckets"])
     names = [part_name("run", number, "parquet") for number in range(buckets)]
-    missing = [number for number, name in enumerate(names) if target.missing([name])]
+    absent = set(target.missing(names))
+    missing = [number for number, name in enumerate(names) if name in absent]
     shards = index.shards_of(encoded.passages)
     depth = _search_depth(encoded.corpus, config.retrieve.depth)
     checked = _checked(encoded.queries)
     if missing:
         units = _units(context, retrievers, len(shards), missing)
-        for name in indexes:
-            units += [
-                {"retriever": name, "shard": shard, "queries": checked, "check": True}
-                for shard in range(len(shards))
-                if target.missing([partial_name(name, shard, CHECK)])
-            ]
+        units += [
+            {"retriever": name, "shard": shard, "queries": checked, "check": True}
+            for name in indexes
+            for shard in range(len(shards))
+        ]
         run_parts(
             context,
             f"{label}: search",

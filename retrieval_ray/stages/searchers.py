@@ -71,11 +71,14 @@ class Searcher:
 
     def _check(self, retriever: str, shard: int, numbers: Sequence[int]) -> None:
         """The exact ranking of the first queries of these parts."""
+        name = partial_name(retriever, shard, CHECK)
+        if not self.target.missing([name]):
+            return
         vectors = Vectors(self.dense[retriever][1], numbers)
         sample_QD = vectors.matrix[:CHECKED_QUERIES]
         rankings = search(self._blocks(retriever, shard).blocks(), sample_QD, self.depth, device=self.device)
         found = dict(zip(vectors.ids[:CHECKED_QUERIES], rankings, strict=True))
-        self._write(partial_name(retriever, shard, CHECK), found, retriever)
+        self._write(name, found, retriever)
 
     def _nearest(self, retriever: str, shard: int, queries_QD: npt.NDArray[np.floating]) -> list[Ranking]:
         passages = self._blocks(retriever, shard)
