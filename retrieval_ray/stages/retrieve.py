@@ -68,7 +68,7 @@ def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], lab
     missing = [number for number, name in enumerate(names) if name in absent]
     shards = index.shards_of(encoded.passages)
     depth = _search_depth(encoded.corpus, config.retrieve.depth)
-    checked = _checked(encoded.queries)
+    checked = _checked(encoded.queries) if indexes else []
     if missing:
         units = _units(context, retrievers, len(shards), missing)
         units += [
