@@ -62,7 +62,8 @@ def pipeline(context: Context, until: str | None) -> str | None:
         return None
     if not context.dry_run:  # only now: what is wrong with the data shows before any cluster starts
         cluster.join(config.compute, context.worker_resources()["num_gpus"])
-    encoded = [encode.run(context, collection) for collection in collections]
+    models = config.retrieve.models
+    encoded = [encode.run(context, collection, models=models) for collection in collections]
     if until == "encode":
         return None
     ranked = [retrieve.run(context, each, config.retrieve.retrievers) for each in encoded]

@@ -4,10 +4,12 @@ A folder without ``manifest.json`` is unfinished. Parts are written to a tempora
 so a part that can be seen is whole. Works on any ``pyarrow.fs`` filesystem.
 """
 
+import getpass
 import hashlib
 import io
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,6 +122,20 @@ class Location:
             source_filesystem=self.filesystem,
             destination_filesystem=target.filesystem,
         )
+
+    def near(self, content: str) -> "Location":
+        """This file on this machine's own disk: itself, or a copy named by its content's hash.
+
+        Copies stay among the temporary files of this user, for whoever reads the same bytes again.
+        """
+        if self.is_local:
+            return self
+        folder = os.path.join(tempfile.gettempdir(), f"retrieval_ray-{getpass.getuser()}")
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        copy = Location.of(folder) / f"{content}.{self.path.rpartition('.')[2]}"
+        if not copy.exists():
+            copy.write(self.read())
+        return copy
 
     def read_json(self) -> Any:
         return json.loads(self.read())

@@ -23,6 +23,7 @@ SOURCES = ("log", "extractive", "llm")
 RETRIEVERS = ("dense", "bm25")
 TEACHERS = ("embedded", "cross_encoder")
 NEGATIVES = ("top", "spread")
+INDEXES = ("exact", "ivf", "ivfpq")
 
 
 _TINY, _MANY = 1e-9, math.inf
@@ -38,7 +39,10 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "tokens_per_second": (_TINY, _MANY),
     },
     "student": {"max_query_tokens": (1, _MANY), "max_passage_tokens": (1, _MANY)},
-    "retrieve": {"rrf_k": (0, _MANY)},
+    "retrieve": {
+        "rrf_k": (0, _MANY), "nlist": (1, _MANY), "nprobe": (1, _MANY), "pq_bytes": (1, _MANY),
+        "min_recall": (0, 1),
+    },
     "teacher": {"max_tokens": (1, _MANY)},
     "groups": {
         "source_rank": (1, _MANY), "lower_percentile": (0, 100), "upper_percentile": (0, 100),
@@ -130,9 +134,15 @@ class StudentConfig:
 
 @dataclass
 class RetrieveConfig:
-    retrievers: list[str] = field(default_factory=lambda: ["dense", "bm25"])
+    retrievers: list[str] = field(default_factory=lambda: ["dense", "bm25"])  # and names of `models`
+    models: dict[str, StudentConfig] = field(default_factory=dict)  # further dense ones: {gte: FOLDER or id}
     depth: int = 100  # passages kept per query and retriever
     rrf_k: int = 60
+    index: str = "exact"  # exact | ivf | ivfpq: approximate, for very large corpora
+    nlist: int | None = None  # clusters; null: about 4 times the root of the passages
+    nprobe: int | None = None  # clusters searched; null: a sixteenth, at least 8
+    pq_bytes: int | None = None  # per passage, of ivfpq; null: a byte for four dimensions
+    min_recall: float = 0.95  # of an index against exact search on a sample of queries: under it, a warning
 
 
 @dataclass
@@ -207,7 +217,7 @@ class ComputeConfig:
     gpus_per_worker: float | None = None  # null: 1 where the cluster has GPUs
     precision: str | None = None  # float32 | bfloat16; null: probed
     threads: int | None = None  # per worker; null: the machine's cores shared out
-    token_budget: int = 16_384  # of one encoding batch, padding included
+    token_budget: int | None = None  # of one encoding batch, padding included; null: 4,096, on GPUs 16,384
 
 
 @dataclass
@@ -257,6 +267,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not readable as YAML: {error}") from error
     plain: Any = OmegaConf.to_container(given)
     _reject_unknown(plain, Config, "")
+    given = OmegaConf.create(_with_models(plain))
     for f in fields(Config):
         if is_dataclass(f.default_factory) and not isinstance(plain.get(f.name, {}), dict):
             first = fields(f.default_factory)[0].name
@@ -296,9 +307,22 @@ def _reject_unknown(given: Any, schema: Any, prefix: str) -> None:
         factory = known[key].default_factory
         if is_dataclass(factory):
             _reject_unknown(value, factory, f"{prefix}{key}.")
+        elif prefix + key == "retrieve.models" and isinstance(value, dict):
+            for name, entry in value.items():
+                _reject_unknown(entry, StudentConfig, f"retrieve.models.{name}.")
         elif key == "datasets" and isinstance(value, list):
             for number, entry in enumerate(value):
                 _reject_unknown(entry, DatasetConfig, f"datasets[{number}].")
+
+
+def _with_models(plain: Any) -> Any:
+    """``retrieve.models: {gte: ID}`` written out as ``{gte: {model: ID}}``."""
+    retrieve = plain.get("retrieve")
+    models = retrieve.get("models") if isinstance(retrieve, dict) else None
+    if not isinstance(models, dict):
+        return plain
+    whole = {name: {"model": entry} if isinstance(entry, str) else entry for name, entry in models.items()}
+    return {**plain, "retrieve": {**retrieve, "models": whole}}
 
 
 def _all_keys(schema: Any, prefix: str) -> list[str]:
@@ -321,7 +345,8 @@ def _check_values(config: Config) -> None:
         ("llm.engine", [config.llm.engine], ENGINES),
         ("llm.kinds", list(config.llm.kinds), KINDS),
         ("llm.sample", [config.llm.sample], WAYS),
-        ("retrieve.retrievers", config.retrieve.retrievers, RETRIEVERS),
+        ("retrieve.retrievers", config.retrieve.retrievers, (*RETRIEVERS, *config.retrieve.models)),
+        ("retrieve.index", [config.retrieve.index], INDEXES),
         ("teacher.kind", [config.teacher.kind], TEACHERS),
         ("groups.negatives", [config.groups.negatives], NEGATIVES),
         ("evaluate.systems", config.evaluate.systems, ("bm25", "teacher")),
@@ -330,6 +355,20 @@ def _check_values(config: Config) -> None:
         for value in chosen:
             need(value in known, f"{key}: '{value}' is not one of {', '.join(known)}")
     need("dense" in config.retrieve.retrievers, "retrieve.retrievers: 'dense' must be among them")
+    for name in config.retrieve.models:
+        need(
+            name.isidentifier() and name not in (*RETRIEVERS, "fused", "exact"),
+            f"retrieve.models: '{name}' cannot be a retriever's name; letters, digits and _ can, and none of "
+            "dense, bm25, fused, exact",
+        )
+        need(
+            name in config.retrieve.retrievers,
+            f"retrieve.models: '{name}' is not used; add it to retrieve.retrievers",
+        )
+    need(
+        len(set(config.retrieve.retrievers)) == len(config.retrieve.retrievers),
+        "retrieve.retrievers: each only once",
+    )
     need(
         config.teacher.kind != "cross_encoder" or bool(config.teacher.model),
         "teacher.model: a cross_encoder teacher needs a model (folder or hub id)",

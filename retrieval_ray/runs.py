@@ -40,6 +40,14 @@ def exact_dot(
     query_D: npt.NDArray[np.floating], passages_ND: npt.NDArray[np.floating]
 ) -> npt.NDArray[np.float64]:
     """Dot products in float64, each pair by itself: the same number in any batch or shard."""
-    products: npt.NDArray[np.float64] = passages_ND.astype(np.float64, order="C") * query_D.astype(np.float64)
+    return exact_pairs(query_D, passages_ND)
+
+
+def exact_pairs(
+    queries_ND: npt.NDArray[np.floating], passages_ND: npt.NDArray[np.floating]
+) -> npt.NDArray[np.float64]:
+    """Dot products of row n with row n in float64; the same numbers as ``exact_dot``'s."""
+    products: npt.NDArray[np.float64] = passages_ND.astype(np.float64, order="C")
+    products *= queries_ND.astype(np.float64, copy=False)
     summed: npt.NDArray[np.float64] = products.sum(axis=1)
     return summed

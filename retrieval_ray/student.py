@@ -5,7 +5,7 @@ cosines), and a model without a Normalize module gets one when it is saved.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ _PLAIN_ATTENTION_TOKENS = 512
 class Student:
     """Encodes queries and passages; ``embed`` keeps the graph, ``encode`` does not.
 
-    model: what ``resolve_model`` takes. precision: float32 or bfloat16 (autocast; weights stay
+    model: what ``resolve_model`` takes. precision: float32 or bfloat16 (while it computes; weights stay
     float32). Raises ``UserError`` for a model that cannot be loaded and for one whose first module is
     not a text transformer.
     """
@@ -116,11 +116,39 @@ class Student:
     def encode_tokens(
         self, rows: Sequence[Tokens], role: Role, *, token_budget: int
     ) -> npt.NDArray[np.float32]:
-        """Embeddings of already tokenised texts, in their order."""
-        vectors = np.zeros((len(rows), self.dimension), dtype=np.float32)
-        for chunk in cut_chunks([len(row) for row in rows], token_budget):
-            vectors[chunk] = self.embed([rows[i] for i in chunk], role).cpu().numpy()
-        return vectors
+        """Embeddings of already tokenised texts, in their order.
+
+        In bfloat16 the transformer runs on weights that are cast once a call, where autocast would cast
+        them in every forward pass; pooling is in float32. On a GPU nothing waits for a chunk's result.
+        """
+        forward = self._half() if self.precision == "bfloat16" else self.model
+        chunks = cut_chunks([len(row) for row in rows], token_budget)
+        found = []
+        for chunk in chunks:
+            vectors = forward(self._features([rows[i] for i in chunk], role))["sentence_embedding"]
+            found.append(torch.nn.functional.normalize(vectors[:, : self.dimension].float(), dim=-1))
+        vectors_ND = np.zeros((len(rows), self.dimension), dtype=np.float32)
+        for chunk, part in zip(chunks, found, strict=True):
+            vectors_ND[chunk] = part.cpu().numpy()
+        return vectors_ND
+
+    def _half(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """The model with its transformer in bfloat16; its own weights stay as they are."""
+        first, *rest = self.model
+        tensors = {
+            name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+            for name, tensor in [*first.named_parameters(), *first.named_buffers()]
+            if not name.endswith("inv_freq")  # rotary angles need float32
+        }
+
+        def forward(features: dict[str, Any]) -> dict[str, Any]:
+            features = torch.func.functional_call(first, tensors, (features,))
+            features["token_embeddings"] = features["token_embeddings"].float()
+            for module in rest:
+                features = module(features)
+            return features
+
+        return forward
 
     def encode(self, texts: Sequence[str], role: Role, *, token_budget: int) -> npt.NDArray[np.float32]:
         """Embeddings_ND of texts, in their order; batches are cut by tokens after sorting."""
@@ -169,14 +197,15 @@ class Student:
     def _features(self, rows: Sequence[Tokens], role: Role) -> dict[str, Any]:
         tokenizer = self.model.tokenizer
         longest = max(map(len, rows))
-        ids = np.full((len(rows), longest), tokenizer.pad_token_id or 0, dtype=np.int64)
-        mask = np.zeros((len(rows), longest), dtype=np.int64)
+        ids_NT = np.full((len(rows), longest), tokenizer.pad_token_id or 0, dtype=np.int64)
+        mask_NT = np.zeros_like(ids_NT)
+        left = tokenizer.padding_side == "left"
         for n, row in enumerate(rows):
-            place = slice(longest - len(row), None) if tokenizer.padding_side == "left" else slice(len(row))
-            ids[n, place], mask[n, place] = row, 1
+            where = slice(longest - len(row), None) if left else slice(len(row))
+            ids_NT[n, where], mask_NT[n, where] = row, 1
         features: dict[str, Any] = {
-            "input_ids": torch.from_numpy(ids).to(self.device),
-            "attention_mask": torch.from_numpy(mask).to(self.device),
+            "input_ids": torch.from_numpy(ids_NT).to(self.device),
+            "attention_mask": torch.from_numpy(mask_NT).to(self.device),
             "modality": "text",
         }
         if self._prompt_length[role] is not None:
@@ -188,6 +217,11 @@ class Student:
         if self.precision == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
+
+
+def default_token_budget(device: str) -> int:
+    """Tokens of one encoding batch: on CPUs what their caches hold, on GPUs what keeps them busy."""
+    return 16_384 if device == "cuda" else 4096
 
 
 def probe_precision(device: str | None = None) -> str:

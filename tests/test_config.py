@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_ray.config import Config, DatasetConfig, load, to_dict
+from retrieval_ray.config import Config, DatasetConfig, StudentConfig, load, to_dict
 from retrieval_ray.errors import UserError
 from retrieval_ray.prompts import KINDS
 
@@ -429,3 +429,26 @@ def test_values_on_the_edge_are_accepted(path: Path) -> None:
 def test_a_value_that_cannot_be_what_it_must_be_names_its_key(path: Path, override: str) -> None:
     said = error_of(path, override)
     assert override.partition("=")[0] in said
+
+
+def test_further_dense_retrievers_by_name_or_with_keys_of_their_own(tmp_path):
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        "retrieve:\n  retrievers: [dense, bm25, gte, bge]\n"
+        "  models: {gte: some/gte, bge: {model: some/bge, query_prompt: 'find: '}}\n"
+    )
+    models = load(str(path)).retrieve.models
+    assert models["gte"] == StudentConfig(model="some/gte")
+    assert models["bge"] == StudentConfig(model="some/bge", query_prompt="find: ")
+    with pytest.raises(UserError, match=r"retrieve\.models\.bge\.prompt"):
+        load(str(path), ["retrieve.models.bge.prompt=x"])
+    with pytest.raises(UserError, match=r"'gte' is not used"):
+        load(str(path), ["retrieve.retrievers=[dense,bge]"])
+    with pytest.raises(UserError, match="each only once"):
+        load(str(path), ["retrieve.retrievers=[dense,gte,bge,gte]"])
+    for name in ("dense", "bm25", "fused", "a-b"):
+        with pytest.raises(UserError, match=rf"'{name}' cannot be a retriever's name"):
+            load(
+                str(path),
+                [f"retrieve.models.{name}=some/model", f"retrieve.retrievers=[dense,gte,bge,{name}]"],
+            )

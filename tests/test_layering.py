@@ -22,6 +22,7 @@ MIDDLE = {
     "fit",
     "report",
     "search",
+    "ivf",
     "bm25",
     "model_card",
 }

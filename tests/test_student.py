@@ -148,6 +148,20 @@ def test_bfloat16_is_near_and_leaves_the_weights_in_float32(student_folder, text
     assert {p.dtype for p in student.model.parameters()} == {torch.float32}
 
 
+def test_bfloat16_encodes_with_the_weights_as_they_are_now(student_folder, texts):
+    """Its cast weights are not kept: between two calls a training step may change them."""
+    student = Student(student_folder, precision="bfloat16", device="cpu")
+    before = student.encode(texts, "query", token_budget=300)
+    assert np.array_equal(student.encode(texts, "query", token_budget=300), before)
+    with torch.no_grad():
+        for parameter in student.model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    after = student.encode(texts, "query", token_budget=300)
+    exact = student.embed(student.tokenize(texts, "query"), "query").detach().numpy()
+    assert np.abs(after - before).max() > 0.1
+    assert (after * exact).sum(axis=1).min() > 0.99
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_kept_in_half_precision_are_trained_in_float32(student_folder, texts, tmp_path, dtype):
     SentenceTransformer(student_folder, device="cpu").to(dtype).save(str(tmp_path / "half"))

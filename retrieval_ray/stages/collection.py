@@ -31,10 +31,12 @@ class Collection:
 
 @dataclass(frozen=True)
 class Encoded(Collection):
-    """With the vectors of one student."""
+    """With the vectors of one student, and those of further dense retrievers by name."""
 
     passages: Stage
     query_vectors: Stage
+    more_passages: dict[str, Stage]
+    more_query_vectors: dict[str, Stage]
 
 
 @dataclass(frozen=True)

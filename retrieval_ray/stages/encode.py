@@ -1,5 +1,13 @@
-"""The encode stage: texts -> float16 vectors, one Arrow part per bucket of the text table."""
+"""The encode stage: texts -> float16 vectors, one Arrow part per bucket of the text table.
 
+Parts are uncompressed Arrow that is mapped, not read; on object stores each machine keeps a copy of the
+parts it has read, named by their content, among its temporary files.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,25 +15,56 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval_ray.artifacts import Stage, part_name, stage
+from retrieval_ray.config import StudentConfig
+from retrieval_ray.model_files import Model
+from retrieval_ray.search import Block
 from retrieval_ray.stages.collection import Collection, Encoded, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import passage_text
 from retrieval_ray.stages.parts import run_parts
-from retrieval_ray.student import Role, Student
+from retrieval_ray.student import Role, Student, Tokens
 
-VERSION = 1
+VERSION = 2
+_PARTS_AT_ONCE = 8  # that a worker takes, so that it can tokenise one while it computes another
 
 
-def run(context: Context, collection: Collection, note: str = "") -> Encoded:
-    """Encode the passages and the queries of a collection with the context's student."""
+def run(
+    context: Context,
+    collection: Collection,
+    note: str = "",
+    *,
+    models: dict[str, StudentConfig] | None = None,
+) -> Encoded:
+    """Encode the passages and the queries of a collection with the context's student.
+
+    models: further dense retrievers by name, each encoded in stages of its own.
+    """
+    passages, query_vectors = _both(context, collection, note)
+    further = {
+        name: _both(_with_model(context, name, config), collection, f" with {name}")
+        for name, config in (models or {}).items()
+    }
     return extend(
         collection,
         Encoded,
-        passages=_encode(context, collection.corpus, "passage", f"encoding '{collection.name}'{note}"),
-        query_vectors=_encode(
-            context, collection.queries, "query", f"encoding queries of '{collection.name}'{note}"
-        ),
+        passages=passages,
+        query_vectors=query_vectors,
+        more_passages={name: stages[0] for name, stages in further.items()},
+        more_query_vectors={name: stages[1] for name, stages in further.items()},
     )
+
+
+def _both(context: Context, collection: Collection, note: str) -> tuple[Stage, Stage]:
+    return (
+        _encode(context, collection.corpus, "passage", f"encoding '{collection.name}'{note}"),
+        _encode(context, collection.queries, "query", f"encoding queries of '{collection.name}'{note}"),
+    )
+
+
+def _with_model(context: Context, name: str, student: StudentConfig) -> Context:
+    """The same run with another model in the student's place."""
+    model = Model.of(student.model, f"retrieve.models.{name}.model")
+    return replace(context, config=replace(context.config, student=student), chosen_student=model)
 
 
 def _encode(context: Context, texts: Stage, role: Role, label: str) -> Stage:
@@ -43,7 +82,9 @@ def _encode(context: Context, texts: Stage, role: Role, label: str) -> Stage:
         return target
     buckets = int(texts.manifest()["buckets"])
     names = [part_name("vectors", number, "arrow") for number in range(buckets)]
-    missing = set(target.missing(names))
+    absent = set(target.missing(names))
+    missing = [n for n, name in enumerate(names) if name in absent]
+    at_once = max(1, min(_PARTS_AT_ONCE, len(missing) // (4 * context.config.compute.workers)))
     facts = run_parts(
         context,
         label,
@@ -55,7 +96,7 @@ def _encode(context: Context, texts: Stage, role: Role, label: str) -> Stage:
             "student": student_arguments(context),
             "token_budget": context.profile.token_budget,
         },
-        [{"number": n} for n, name in enumerate(names) if name in missing],
+        [{"numbers": missing[n : n + at_once]} for n in range(0, len(missing), at_once)],
     )
     context.finish(
         target,
@@ -92,27 +133,59 @@ def student_identity(context: Context) -> dict[str, Any]:
 
 
 class Vectors:
-    """The vectors of some parts of an encode stage, with their ids."""
+    """The vectors of some parts of an encode stage (None: all), mapped; read when they are asked for."""
 
-    def __init__(self, stage: Stage, parts: list[int]) -> None:
-        tables = [stage.read(part_name("vectors", number, "arrow")) for number in parts]
-        ids: list[str] = []
-        blocks: list[npt.NDArray[np.float16]] = []
-        for table in tables:
-            ids += table.column("id").to_pylist()
-            column = table.column("vector")
-            for chunk in column.chunks:
-                flat = chunk.flatten().to_numpy(zero_copy_only=False)
-                blocks.append(flat.reshape(len(chunk), column.type.list_size))
-        self.ids = ids
-        self.matrix: npt.NDArray[np.float16] = np.concatenate(blocks)
+    def __init__(self, stage: Stage, parts: Sequence[int] | None = None) -> None:
+        self._folder = stage.folder
+        self._hashes: dict[str, str] = {}  # what copies of a remote store are named by
+        if parts is None or not stage.folder.is_local:
+            manifest = stage.manifest()
+            parts = range(int(manifest["buckets"])) if parts is None else parts
+            self._hashes = manifest["parts"]
+        self._names = [part_name("vectors", number, "arrow") for number in parts]
 
     @classmethod
     def all(cls, stage: Stage) -> "Vectors":
-        return cls(stage, list(range(int(stage.manifest()["buckets"]))))
+        return cls(stage)
+
+    def blocks(self) -> Iterator[Block]:
+        """(ids, vectors_ND) part by part; the vectors are views of the mapped file."""
+        for name in self._names:
+            table = (self._folder / name).near(self._hashes.get(name, "")).read_table()
+            column = table.column("vector").combine_chunks()
+            flat = column.flatten().to_numpy(zero_copy_only=False)
+            yield table.column("id").to_pylist(), flat.reshape(len(column), column.type.list_size)
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        return [key for ids, _ in self.blocks() for key in ids]
+
+    @functools.cached_property
+    def matrix(self) -> npt.NDArray[np.float16]:
+        """All of them, in the order of ``ids``: in memory, unless it is a single part."""
+        blocks = [vectors_ND for _, vectors_ND in self.blocks()]
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+    def of(self, ids: Sequence[str]) -> npt.NDArray[np.float16]:
+        """The vectors of these ids, in their order; memory holds no others."""
+        places: dict[str, list[int]] = {}
+        for place, key in enumerate(ids):
+            places.setdefault(key, []).append(place)
+        found: npt.NDArray[np.float16] | None = None
+        for keys, vectors_ND in self.blocks():
+            for row, key in enumerate(keys):
+                if key in places:
+                    if found is None:
+                        found = np.empty((len(ids), vectors_ND.shape[1]), dtype=np.float16)
+                    found[places.pop(key)] = vectors_ND[row]
+        if places:
+            raise KeyError(f"no vector of {next(iter(places))!r}")
+        return np.empty((0, 0), dtype=np.float16) if found is None else found
 
 
 class _Encoder:
+    """Encodes parts one after the other, and tokenises the next one meanwhile."""
+
     def __init__(
         self,
         texts: Stage,
@@ -125,14 +198,26 @@ class _Encoder:
         self.student = Student(**student)
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
-        number = int(part["number"])
+        numbers, rows = [int(number) for number in part["numbers"]], 0
+        with ThreadPoolExecutor(1) as ahead:
+            tokenised = ahead.submit(self._tokenised, numbers[0])
+            for number, following in zip(numbers, [*numbers[1:], None], strict=True):
+                ids, tokens = tokenised.result()
+                if following is not None:
+                    tokenised = ahead.submit(self._tokenised, following)
+                vectors = self.student.encode_tokens(tokens, self.role, token_budget=self.budget)
+                column = pa.FixedSizeListArray.from_arrays(
+                    pa.array(vectors.astype(np.float16).ravel()), self.student.dimension
+                )
+                self.target.write(
+                    part_name("vectors", number, "arrow"), pa.table({"id": ids, "vector": column})
+                )
+                rows += len(ids)
+        return {"rows": rows}
+
+    def _tokenised(self, number: int) -> tuple[list[str], list[Tokens]]:
         ids, texts = part_texts(self.texts, number, self.role)
-        vectors = self.student.encode(texts, self.role, token_budget=self.budget)
-        column = pa.FixedSizeListArray.from_arrays(
-            pa.array(vectors.astype(np.float16).ravel()), self.student.dimension
-        )
-        self.target.write(part_name("vectors", number, "arrow"), pa.table({"id": ids, "vector": column}))
-        return {"rows": len(ids)}
+        return ids, self.student.tokenize(texts, self.role)
 
 
 def part_texts(texts: Stage, number: int, role: Role) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ import torch
 from retrieval_ray.config import ComputeConfig
 from retrieval_ray.progress import say
 from retrieval_ray.stages.cluster import gpus_per_worker
-from retrieval_ray.student import probe_precision
+from retrieval_ray.student import default_token_budget, probe_precision
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def resolve(compute: ComputeConfig, known: dict[str, Any], *, on_cluster: bool) 
         device, precision = device or found["device"], precision or found["precision"]
         threads = threads or found["threads"]
         say(f"numeric profile: {device}, {precision}, {threads} threads a worker")
-    return Profile(precision, device, threads, compute.token_budget, compute.workers)
+    budget = compute.token_budget or known.get("token_budget") or default_token_budget(device)
+    return Profile(precision, device, threads, budget, compute.workers)
 
 
 def _probe(workers: int) -> dict[str, Any]:

@@ -1,28 +1,39 @@
 """The retrieve stage: every query's ranking by each retriever, and the fused one.
 
-Search runs shard by shard (a shard is a set of corpus parts), each worker with one shard in memory:
-its size is vectors of the shard in float32 plus one part of queries times k. Partial rankings are
-merged per part of queries.
+Work is cut into shards of passages and blocks of queries, whatever the number of workers; a worker holds
+one block of each (searchers.py). Partial rankings are then merged per part of queries.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
-from retrieval_ray import bm25, schema
+from retrieval_ray import bm25, ivf, schema
 from retrieval_ray.artifacts import Stage, part_name, stage
+from retrieval_ray.progress import say
 from retrieval_ray.runs import Ranking, fuse, merge, without_ids
-from retrieval_ray.search import Shard
+from retrieval_ray.search import block_sizes
+from retrieval_ray.stages import index
 from retrieval_ray.stages.collection import Encoded, Ranked, extend
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.encode import Vectors, part_texts
 from retrieval_ray.stages.ingest import duplicates
 from retrieval_ray.stages.parts import run_parts
+from retrieval_ray.stages.searchers import (
+    CHECK,
+    CHECKED_QUERIES,
+    Searcher,
+    bm25_of,
+    partial_name,
+    run_table,
+)
 
-VERSION = 2
+__all__ = ["FUSED", "bm25_of", "rankings_of", "run"]
+VERSION = 3
 FUSED = "fused"
+_PART_ROWS = 512  # about as many queries as a part holds
 
 
 def run(context: Context, encoded: Encoded, retrievers: Sequence[str], note: str = "") -> Ranked:
@@ -33,12 +44,15 @@ def run(context: Context, encoded: Encoded, retrievers: Sequence[str], note: str
 
 def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], label: str) -> Stage:
     config = context.config
+    dense = {name: _vectors(encoded, name) for name in retrievers if name != "bm25"}
+    made = {name: index.run(context, dense[name][0], f"{label}: {name}") for name in dense}
+    indexes = {name: built for name, built in made.items() if built is not None}
     identity = {
         "version": VERSION,
         "corpus": encoded.corpus.content(),
         "queries": encoded.queries.content(),
-        "passages": encoded.passages.content(),
-        "query_vectors": encoded.query_vectors.content(),
+        "vectors": {name: [stage.content() for stage in stages] for name, stages in dense.items()},
+        "indexes": {name: asdict(how) for name, (_, how) in indexes.items()},
         "retrievers": list(retrievers),
         "bm25": bm25.VERSION if "bm25" in retrievers else None,
         "depth": config.retrieve.depth,
@@ -50,39 +64,62 @@ def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], lab
         return target
     buckets = int(encoded.queries.manifest()["buckets"])
     names = [part_name("run", number, "parquet") for number in range(buckets)]
-    missing = [int(name.split("-")[1].split(".")[0]) for name in target.missing(names)]
-    merged: list[dict[str, Any]] = []
+    absent = set(target.missing(names))
+    missing = [number for number, name in enumerate(names) if name in absent]
+    shards = index.shards_of(encoded.passages)
+    depth = _search_depth(encoded.corpus, config.retrieve.depth)
+    checked = _checked(encoded.queries) if indexes else []
     if missing:
-        shards = min(config.compute.workers, int(encoded.passages.manifest()["buckets"]))
+        units = _units(context, retrievers, len(shards), missing)
+        units += [
+            {"retriever": name, "shard": shard, "queries": checked, "check": True}
+            for name in indexes
+            for shard in range(len(shards))
+        ]
         run_parts(
             context,
             f"{label}: search",
-            _Searcher,
-            {"encoded": encoded, "target": target, "depth": config.retrieve.depth},
-            [{"retriever": "dense", "shard": s, "shards": shards, "queries": missing} for s in range(shards)]
-            + [{"retriever": "bm25", "queries": [number]} for number in missing if "bm25" in retrievers],
-        )
-        merged = run_parts(
-            context,
-            f"{label}: merge",
-            _Merger,
+            Searcher,
             {
-                "encoded": encoded,
-                "target": target,
-                "depth": config.retrieve.depth,
-                "rrf_k": config.retrieve.rrf_k,
-                "exclude_same_id": config.evaluate.exclude_same_id,
-                "retrievers": list(retrievers),
+                "corpus": encoded.corpus,
+                "queries": encoded.queries,
+                "dense": dense,
+                "indexes": indexes,
                 "shards": shards,
+                "target": target,
+                "depth": depth,
+                "device": context.profile.device,
+                "threads": context.profile.threads,
             },
-            [{"number": number} for number in missing],
+            units,
         )
+    merged = run_parts(
+        context,
+        f"{label}: merge",
+        _Merger,
+        {
+            "encoded": encoded,
+            "target": target,
+            "depth": config.retrieve.depth,
+            "rrf_k": config.retrieve.rrf_k,
+            "exclude_same_id": config.evaluate.exclude_same_id,
+            "retrievers": list(retrievers),
+            "shards": len(shards),
+        },
+        [{"number": number} for number in missing],
+        gpus=False,
+    )
+    recall = {name: _recall(target, name, len(shards), checked, depth) for name in indexes}
+    for name, value in recall.items():
+        _tell(name, indexes[name][1], value, config.retrieve.min_recall)
     context.finish(
         target,
         names,
         rows=int(encoded.queries.manifest()["rows"]),
         worked=sum(f["queries"] for f in merged),
         buckets=buckets,
+        shards=len(shards),
+        index={name: asdict(how) | {"recall": recall[name]} for name, (_, how) in indexes.items()},
     )
     for name in target.folder.names():
         if name.startswith("partial-"):
@@ -90,82 +127,93 @@ def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], lab
     return target
 
 
-def rankings_of(retrieved: Stage, retriever: str) -> dict[str, Ranking]:
-    """One retriever's rankings by query_id."""
+def _vectors(encoded: Encoded, retriever: str) -> tuple[Stage, Stage]:
+    """A dense retriever's stages of passages and of queries."""
+    if retriever == "dense":
+        return encoded.passages, encoded.query_vectors
+    return encoded.more_passages[retriever], encoded.more_query_vectors[retriever]
+
+
+def _units(
+    context: Context, retrievers: Sequence[str], shards: int, missing: Sequence[int]
+) -> list[dict[str, Any]]:
+    """What a worker does at a time: BM25 a part of queries, dense retrievers a shard for a block of them."""
+    rows, _ = block_sizes(context.profile.device)
+    size = max(1, rows // _PART_ROWS)
+    blocks = [list(missing[start : start + size]) for start in range(0, len(missing), size)]
+    return [
+        {"retriever": name, "shard": shard, "queries": block}
+        for name in retrievers
+        if name != "bm25"
+        for shard in range(shards)
+        for block in blocks
+    ] + [{"retriever": "bm25", "queries": [number]} for number in missing if "bm25" in retrievers]
+
+
+def _checked(queries: Stage) -> list[int]:
+    """The first parts that hold enough queries for a sample: a hash has dealt them."""
+    held, numbers = 0, []
+    for number in range(int(queries.manifest()["buckets"])):
+        numbers.append(number)
+        held += queries.read(part_name("queries", number, "parquet"), ["query_id"]).num_rows
+        if held >= CHECKED_QUERIES:
+            break
+    return numbers
+
+
+def _recall(target: Stage, retriever: str, shards: int, numbers: Sequence[int], depth: int) -> float | None:
+    """The share of the sample's exact top ``depth`` that the index found too; None without queries."""
+    exact = _merged(target, [partial_name(retriever, shard, CHECK) for shard in range(shards)], depth)
+    found = _merged(
+        target,
+        [partial_name(retriever, shard, number) for shard in range(shards) for number in numbers],
+        depth,
+    )
+    total = sum(map(len, exact.values()))
+    kept = sum(len({p for p, _ in ranking} & {p for p, _ in found[q]}) for q, ranking in exact.items())
+    return round(kept / total, 4) if total else None
+
+
+def _tell(retriever: str, how: ivf.Settings, recall: float | None, wanted: float) -> None:
+    shown = "unknown" if recall is None else f"{recall:.3f} of the exact ranking's passages"
+    say(f"  {retriever}: {how.kind}, {how.nlist} clusters, {how.nprobe} searched: {shown} found")
+    if recall is not None and recall < wanted:
+        say(
+            f"  warning: that is under retrieve.min_recall={wanted:g}. Raise retrieve.nprobe (now "
+            f"{how.nprobe})" + (" or retrieve.pq_bytes" if how.kind == "ivfpq" else "")
+        )
+
+
+def _merged(target: Stage, names: Sequence[str], depth: int) -> dict[str, Ranking]:
+    """Partial rankings of disjoint shards as one per query."""
+    partial: dict[str, list[Ranking]] = defaultdict(list)
+    for name in names:
+        for query_id, ranking in _rankings(target.read(name)).items():
+            partial[query_id].append(ranking)
+    return defaultdict(list, {query_id: merge(rankings, depth) for query_id, rankings in partial.items()})
+
+
+def _rankings(table: pa.Table) -> dict[str, Ranking]:
+    """A run table's rankings by query_id; rows are stored in the order of ranks."""
     found: dict[str, Ranking] = defaultdict(list)
-    table = schema.check(retrieved.read_all("run-"), "run", retrieved.folder.path)
-    table = table.filter(pa.compute.equal(table.column("retriever"), retriever))
     columns = (table.column(name).to_pylist() for name in ("query_id", "passage_id", "score"))
-    for query_id, passage_id, score in zip(*columns, strict=True):  # stored in the order of ranks
+    for query_id, passage_id, score in zip(*columns, strict=True):
         found[query_id].append((passage_id, score))
     return dict(found)
 
 
-def _partial(retriever: str, number: int, shard: int = 0, shards: int = 1) -> str:
-    return f"partial-{retriever}-{shards}-{shard}-{number:05d}.parquet"
-
-
-def _rows(rankings: dict[str, Ranking], retriever: str) -> pa.Table:
-    rows: list[tuple[str, str, str, int, float]] = [
-        (retriever, query_id, passage_id, rank, score)
-        for query_id, ranking in rankings.items()
-        for rank, (passage_id, score) in enumerate(ranking, start=1)
-    ]
-    columns: list[Any] = list(zip(*rows, strict=True)) if rows else [()] * 5
-    names = schema.TABLES["run"].names
-    return pa.table(dict(zip(names, map(list, columns), strict=True)), schema=schema.TABLES["run"])
+def rankings_of(retrieved: Stage, retriever: str) -> dict[str, Ranking]:
+    """One retriever's rankings by query_id."""
+    parts = []
+    for name in retrieved.parts():
+        table = schema.check(retrieved.read(name), "run", retrieved.folder.path)
+        parts.append(table.filter(pa.compute.equal(table.column("retriever"), retriever)))
+    return _rankings(pa.concat_tables(parts))
 
 
 def _search_depth(corpus: Stage, depth: int) -> int:
     """How deep to search, so that what training leaves out seldom shortens a ranking."""
     return depth + 1 + min(len(duplicates(corpus)), depth)
-
-
-class _Searcher:
-    def __init__(self, encoded: Encoded, target: Stage, depth: int) -> None:
-        self.encoded, self.target = encoded, target
-        self.depth = _search_depth(encoded.corpus, depth)
-        self._bm25: bm25.Bm25 | None = None
-
-    def run(self, part: dict[str, Any]) -> dict[str, Any]:
-        if part["retriever"] == "bm25":
-            return self._search_bm25(int(part["queries"][0]))
-        shard, shards = int(part["shard"]), int(part["shards"])
-        names = {n: _partial("dense", n, shard, shards) for n in part["queries"]}
-        missing = set(self.target.missing(names.values()))
-        if missing:
-            buckets = int(self.encoded.passages.manifest()["buckets"])
-            vectors = Vectors(self.encoded.passages, list(range(shard, buckets, shards)))
-            index = Shard(vectors.ids, vectors.matrix)
-        for number, name in names.items():
-            if name in missing:
-                queries = Vectors(self.encoded.query_vectors, [number])
-                rankings = index.search(queries.matrix, self.depth) if queries.ids else []
-                found = dict(zip(queries.ids, rankings, strict=True))
-                self.target.write(name, _rows(found, "dense"))
-        return {}
-
-    def _search_bm25(self, number: int) -> dict[str, Any]:
-        name = _partial("bm25", number)
-        if self.target.missing([name]):
-            if self._bm25 is None:
-                self._bm25 = bm25_of(self.encoded.corpus)
-            ids, texts = part_texts(self.encoded.queries, number, "query")
-            found = {
-                query_id: self._bm25.search(text, self.depth)
-                for query_id, text in zip(ids, texts, strict=True)
-            }
-            self.target.write(name, _rows(found, "bm25"))
-        return {}
-
-
-def bm25_of(corpus: Stage) -> bm25.Bm25:
-    """The BM25 index of a corpus stage."""
-    buckets = int(corpus.manifest()["buckets"])
-    pairs = sorted(
-        pair for number in range(buckets) for pair in zip(*part_texts(corpus, number, "passage"), strict=True)
-    )
-    return bm25.Bm25([key for key, _ in pairs], [text for _, text in pairs])
 
 
 class _Merger:
@@ -193,13 +241,11 @@ class _Merger:
         )
         by_retriever: dict[str, dict[str, Ranking]] = {}
         for retriever in self.retrievers:
-            shards = self.shards if retriever == "dense" else 1
-            partial: dict[str, list[Ranking]] = defaultdict(list)
-            for shard in range(shards):
-                for query_id, ranking in self._read(_partial(retriever, number, shard, shards)):
-                    partial[query_id].append(ranking)
+            shards = 1 if retriever == "bm25" else self.shards
+            partial = [partial_name(retriever, shard, number) for shard in range(shards)]
+            found = _merged(self.target, partial, self.search_depth)
             by_retriever[retriever] = {
-                query_id: self._cleaned(query_id, split, partial.get(query_id, []))
+                query_id: self._cleaned(query_id, split, found[query_id])
                 for query_id, split in splits.items()
             }
         if len(self.retrievers) > 1:
@@ -213,21 +259,13 @@ class _Merger:
             }
         else:
             by_retriever[FUSED] = by_retriever[self.retrievers[0]]
-        tables = [_rows(rankings, retriever) for retriever, rankings in by_retriever.items()]
+        tables = [run_table(rankings, retriever) for retriever, rankings in by_retriever.items()]
         self.target.write(part_name("run", number, "parquet"), pa.concat_tables(tables))
         return {"queries": len(splits)}
 
-    def _cleaned(self, query_id: str, split: str, partial: list[Ranking]) -> Ranking:
+    def _cleaned(self, query_id: str, split: str, ranking: Ranking) -> Ranking:
         """Training never sees duplicates; no query finds the passage with its own id."""
         left_out = {query_id} if self.same_id else set()
         if split == "train":
             left_out |= self.duplicates
-        return without_ids(merge(partial, self.search_depth), left_out)[: self.depth]
-
-    def _read(self, name: str) -> list[tuple[str, Ranking]]:
-        table = self.target.read(name)
-        found: dict[str, Ranking] = defaultdict(list)
-        columns = (table.column(c).to_pylist() for c in ("query_id", "passage_id", "score"))
-        for query_id, passage_id, score in zip(*columns, strict=True):
-            found[query_id].append((passage_id, score))
-        return list(found.items())
+        return without_ids(ranking, left_out)[: self.depth]

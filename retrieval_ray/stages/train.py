@@ -142,12 +142,12 @@ def _calibrated(context: Context, corpora: list[Grouped], lists: list[Lists]) ->
     for corpus, part in zip(corpora, lists, strict=True):
         if not len(part.query_ids):
             continue
-        passages, queries = Vectors.all(corpus.passages), Vectors.all(corpus.query_vectors)
-        passage_at = {key: n for n, key in enumerate(passages.ids)}
-        query_at = {key: n for n, key in enumerate(queries.ids)}
-        for query_id, row in zip(part.query_ids, part.passage_ids, strict=True):
-            query_D = queries.matrix[query_at[query_id]].astype(np.float64)
-            student.append(passages.matrix[[passage_at[p] for p in row]].astype(np.float64) @ query_D)
+        ids = sorted({passage for row in part.passage_ids for passage in row})
+        passages_ND = Vectors.all(corpus.passages).of(ids)
+        queries_QD = Vectors.all(corpus.query_vectors).of(part.query_ids)
+        at = {key: n for n, key in enumerate(ids)}
+        for query_D, row in zip(queries_QD, part.passage_ids, strict=True):
+            student.append(passages_ND[[at[p] for p in row]].astype(np.float64) @ query_D.astype(np.float64))
         teacher.append(part.teacher_BK)
     return calibrate_temperature(
         torch.from_numpy(np.stack(student)),

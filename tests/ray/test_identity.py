@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from retrieval_ray.artifacts import Location, Stage, stage
-from retrieval_ray.config import Config, DatasetConfig
+from retrieval_ray.config import ComputeConfig, Config, DatasetConfig
 from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.model_files import Model
 from retrieval_ray.sources import Source
 from retrieval_ray.stages import encode, ingest, score
 from retrieval_ray.stages.collection import Collection, Ranked, extend
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.profile import Profile
+from retrieval_ray.stages.profile import Profile, resolve
 
 TEXTS = [f"passage number {n} on ba co di" for n in range(24)]
 CROSS_ENCODER = Model("/models/judge", "c" * 64)
@@ -128,3 +128,15 @@ def test_teachers_that_differ_share_no_score(context: Context, names: Callable[.
     assert len(ids) == 4 + 2 + 1
     caches = [ContentCache(context.store / "scores", one, SCORE) for one in ids]
     assert len({cache.folder.path for cache in caches}) == len({cache.key("q", "p") for cache in caches}) == 7
+
+
+def test_the_token_budget_is_as_told_or_as_written_down_or_the_devices_own() -> None:
+    known = {"device": "cpu", "precision": "float32", "threads": 2, "workers": 1}
+
+    def budget(compute: ComputeConfig, **more: int) -> int:
+        return resolve(compute, known | more, on_cluster=False).token_budget
+
+    assert budget(ComputeConfig()) == 4096
+    assert budget(ComputeConfig(), token_budget=777) == 777
+    assert budget(ComputeConfig(token_budget=55), token_budget=777) == 55
+    assert resolve(ComputeConfig(), known | {"device": "cuda"}, on_cluster=False).token_budget == 16_384

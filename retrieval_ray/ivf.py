@@ -1,0 +1,116 @@
+"""Approximate search for very large corpora: FAISS inverted files, with or without product quantisation.
+
+An index proposes; what it proposes is ranked by the exact vectors. k-means is trained on one thread with
+FAISS's own fixed seeds, so the same sample gives the same bytes.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from retrieval_ray.runs import Ranking, exact_pairs, top_k
+from retrieval_ray.search import Block, Vectors, joined
+
+POINTS_PER_CLUSTER = 39  # FAISS warns under it
+_CODES = 256  # of one byte
+_RANKED = 4096  # pairs that are scored at once, and passages that are read at once
+KINDS = {"ivf": "IVF{nlist},SQfp16", "ivfpq": "IVF{nlist},PQ{pq_bytes}x8"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An index: vectors in float16 (``ivf``) or in ``pq_bytes`` bytes each (``ivfpq``)."""
+
+    kind: str
+    dimension: int
+    nlist: int  # clusters
+    nprobe: int  # clusters that a query looks into
+    pq_bytes: int
+
+    @property
+    def sample(self) -> int:
+        """How many passages it is trained on, at least."""
+        return POINTS_PER_CLUSTER * max(self.nlist, _CODES if self.kind == "ivfpq" else 1)
+
+
+def settings(
+    kind: str,
+    passages: int,
+    dimension: int,
+    *,
+    nlist: int | None = None,
+    nprobe: int | None = None,
+    pq_bytes: int | None = None,
+) -> Settings | None:
+    """The index for a corpus, with what was not told; None where it is too small to train one.
+
+    nlist: the power of two next to 4 sqrt(passages) (FAISS's guidelines), with at least 39 passages each.
+    nprobe: a sixteenth of them, at least 8. pq_bytes: the largest divisor of the dimension that gives four
+    dimensions a byte or more.
+    """
+    if nlist is None:
+        nlist = 2 ** round(math.log2(4 * math.sqrt(max(1, passages))))
+        nlist = max(1, min(nlist, passages // POINTS_PER_CLUSTER))
+    nprobe = min(nlist, max(8, nlist // 16) if nprobe is None else nprobe)
+    if pq_bytes is None:
+        pq_bytes = max(n for n in range(1, max(1, dimension // 4) + 1) if dimension % n == 0)
+    made = Settings(kind, dimension, nlist, nprobe, pq_bytes)
+    return made if made.sample <= passages else None
+
+
+def train(sample_ND: Vectors, how: Settings) -> bytes:
+    """An empty index with its clusters, and its codes, from a sample of passages. Memory: 4 N D bytes."""
+    faiss.omp_set_num_threads(1)
+    name = KINDS[how.kind].format(nlist=how.nlist, pq_bytes=how.pq_bytes)
+    index = faiss.index_factory(how.dimension, name, faiss.METRIC_INNER_PRODUCT)
+    index.train(np.ascontiguousarray(sample_ND, dtype=np.float32))
+    return bytes(faiss.serialize_index(index))
+
+
+def fill(trained: bytes, blocks: Iterable[Block]) -> bytes:
+    """The index of these passages: number n is the n-th of all blocks."""
+    faiss.omp_set_num_threads(1)
+    index = faiss.deserialize_index(np.frombuffer(trained, dtype=np.uint8))
+    for _, vectors_PD in blocks:
+        index.add(np.ascontiguousarray(vectors_PD, dtype=np.float32))
+    return bytes(faiss.serialize_index(index))
+
+
+class Index:
+    """A filled index in a file, its lists mapped."""
+
+    def __init__(self, path: str, nprobe: int, threads: int) -> None:
+        faiss.omp_set_num_threads(threads)
+        self._index = faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        faiss.extract_index_ivf(self._index).nprobe = nprobe
+
+    def propose(self, queries_QD: Vectors, width: int) -> npt.NDArray[np.int64]:
+        """numbers_QW of the passages that seem nearest; -1 where there are fewer."""
+        _, numbers_QW = self._index.search(np.ascontiguousarray(queries_QD, dtype=np.float32), width)
+        found: npt.NDArray[np.int64] = numbers_QW
+        return found
+
+
+def ranked(
+    proposed_QW: npt.NDArray[np.int64], blocks: Iterable[Block], queries_QD: Vectors, k: int
+) -> list[Ranking]:
+    """The top k of what was proposed to each query, by exact scores in float64, ties by passage_id.
+
+    blocks: the passages that the numbers count, read once from the first to the last.
+    """
+    rows: list[list[tuple[str, float]]] = [[] for _ in queries_QD]
+    start = 0
+    for ids, vectors_PD in joined(blocks, _RANKED):
+        queries, columns = np.nonzero((proposed_QW >= start) & (proposed_QW < start + len(ids)))
+        for at in range(0, len(queries), _RANKED):
+            query = queries[at : at + _RANKED]
+            place = proposed_QW[query, columns[at : at + _RANKED]] - start
+            scores = exact_pairs(queries_QD[query], vectors_PD[place])
+            for q, p, score in zip(query, place, scores.tolist(), strict=True):
+                rows[q].append((ids[p], score))
+        start += len(ids)
+    return [top_k([p for p, _ in row], [score for _, score in row], k) for row in rows]
