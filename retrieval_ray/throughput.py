@@ -20,7 +20,7 @@ def training_flops(model: Any, lengths: Sequence[int]) -> float:
     dense = sum(p.numel() for p in model.parameters() if id(p) not in tables and p.dim() > 1)
     text = model[0].auto_model.config.get_text_config()
     squares = sum(float(length) ** 2 for length in lengths)
-    return 6.0 * dense * sum(lengths) + 12.0 * text.num_hidden_layers * text.hidden_size * squares
+    return float(6 * dense * sum(lengths) + 12 * text.num_hidden_layers * text.hidden_size * squares)
 
 
 def matmul_limit(device: torch.device, precision: str) -> float:

@@ -22,7 +22,8 @@ from retrieval_ray.stages.collection import Collection, Encoded, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import passage_text
 from retrieval_ray.stages.parts import run_parts
-from retrieval_ray.student import Role, Student, Tokens
+from retrieval_ray.student import Role, Student
+from retrieval_ray.tokens import Tokens
 
 VERSION = 2
 _PARTS_AT_ONCE = 8  # that a worker takes, so that it can tokenise one while it computes another
