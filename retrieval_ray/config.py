@@ -16,13 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 from retrieval_ray.errors import UserError
 from retrieval_ray.prompts import KINDS
 from retrieval_ray.sampling import WAYS
+from retrieval_ray.selection import NEGATIVES
 
 ENGINES = ("vllm", "endpoint")
 SOURCES = ("log", "extractive", "llm")
 RETRIEVERS = ("dense", "bm25")
 TEACHERS = ("embedded", "cross_encoder")
-NEGATIVES = ("top", "spread")
-
+MARGIN_SCORES = ("dense", "teacher")
 
 _TINY, _MANY = 1e-9, math.inf
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays allowed where it is
@@ -42,6 +42,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
     "groups": {
         "source_rank": (1, _MANY), "lower_percentile": (0, 100), "upper_percentile": (0, 100),
         "min_positive_percentile": (0, 100), "false_negative_ratio": (0, _MANY),
+        "relative_margin": (0, 1), "absolute_margin": (0, _MANY),
     },
     "train": {
         "batch_queries": (1, _MANY), "dev_queries": (1, _MANY),
@@ -143,7 +144,10 @@ class TeacherConfig:
 @dataclass
 class GroupsConfig:
     list_size: int = 20  # K: the positive and its negatives
-    negatives: str = "top"  # top: first in retrieval; spread: even steps of the teacher's order
+    negatives: str = "top"  # of retrieval; spread | stratified: even steps of the teacher's order | score
+    relative_margin: float | None = None  # a negative scores at most positive x (1 - this); NV-Retriever: .05
+    absolute_margin: float | None = None  # a negative scores at most positive - this; NV-Retriever: .05
+    margin_scores: str = "dense"  # whose: dense (similarity, as in NV-Retriever) | teacher (normalised)
     source_rank: int = 20  # a query's source must be retrieved this high by each retriever
     require_first: bool = True  # and the teacher must put it first
     lower_percentile: float = 1.0  # scores are scaled so that these become 0 and 1
@@ -303,7 +307,8 @@ def _check_values(config: Config) -> None:
         ("llm.sample", [config.llm.sample], WAYS),
         ("retrieve.retrievers", config.retrieve.retrievers, RETRIEVERS),
         ("teacher.kind", [config.teacher.kind], TEACHERS),
-        ("groups.negatives", [config.groups.negatives], NEGATIVES),
+        ("groups.negatives", [config.groups.negatives], tuple(NEGATIVES)),
+        ("groups.margin_scores", [config.groups.margin_scores], MARGIN_SCORES),
         ("evaluate.systems", config.evaluate.systems, ("bm25", "teacher")),
         ("compute.precision", [config.compute.precision or "float32"], ("float32", "bfloat16")),
     ):
