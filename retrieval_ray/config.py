@@ -39,6 +39,12 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
     "student": {"max_query_tokens": (1, _MANY), "max_passage_tokens": (1, _MANY)},
     "retrieve": {"rrf_k": (0, _MANY)},
     "teacher": {"max_tokens": (1, _MANY)},
+    "reranker": {
+        "max_queries": (1, _MANY), "negatives": (1, _MANY), "skip": (0, _MANY), "pool": (1, _MANY),
+        "dev_queries": (0, _MANY), "epochs": (1, _MANY), "batch_pairs": (1, _MANY),
+        "learning_rate": (_TINY, 1), "warmup_share": (0, 0.99), "max_tokens": (8, _MANY),
+        "checkpoint_minutes": (0, _MANY),
+    },
     "groups": {
         "source_rank": (1, _MANY), "lower_percentile": (0, 100), "upper_percentile": (0, 100),
         "min_positive_percentile": (0, 100), "false_negative_ratio": (0, _MANY),
@@ -142,6 +148,25 @@ class TeacherConfig:
 
 
 @dataclass
+class RerankerConfig:
+    """A cross-encoder trained by ``jobs/teacher.py`` on the judged pairs of ``datasets``."""
+
+    base: str = "all-MiniLM-L6-v2"  # where it starts: an encoder's folder or hub id
+    split: str = "train"  # of each dataset: judged queries to learn from; those of its ``split`` are left out
+    max_queries: int | None = None  # of each dataset, the first by hash
+    negatives: int = 4  # mined for each positive, from the fused run
+    skip: int = 3  # first ranks of the run that no negative is taken from: unjudged answers hide there
+    pool: int = 50  # ranks of the run that negatives come from, and that are reranked to measure
+    dev_queries: int = 100  # of each dataset, held out to measure
+    epochs: int = 1
+    batch_pairs: int = 32
+    learning_rate: float = 3e-5
+    warmup_share: float = 0.1
+    max_tokens: int = 256  # of a pair
+    checkpoint_minutes: float = 10.0
+
+
+@dataclass
 class GroupsConfig:
     list_size: int = 20  # K: the positive and its negatives
     negatives: str = "top"  # of retrieval; spread | stratified: even steps of the teacher's order | score
@@ -203,6 +228,7 @@ class Config:
     student: StudentConfig = field(default_factory=StudentConfig)
     retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    reranker: RerankerConfig = field(default_factory=RerankerConfig)
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -322,6 +348,10 @@ def _check_values(config: Config) -> None:
     need(
         set(config.teacher.weights or {}) <= {"late", "bm25", "dense"},
         "teacher.weights: the embedded teachers are late, bm25 and dense",
+    )
+    need(
+        config.reranker.skip < config.reranker.pool <= config.retrieve.depth,
+        "reranker.pool: must be more than reranker.skip and at most retrieve.depth",
     )
     need(config.groups.list_size >= 2, "groups.list_size: a list needs a positive and a negative")
     need(
