@@ -1,4 +1,4 @@
-"""The teacher job on the bundled demo: what it trains on, what it leaves out, and that the main job takes it."""
+"""The teacher job on the bundled demo: what it learns from, what it leaves out; the main job takes it."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_reported_queries_are_never_learned_by_id_or_by_text(tmp_path: Path) -> 
     passages = [(f"p{n}", "", f"passage number {n} about ba co di") for n in range(30)]
     queries = {f"q{n}": (f"question {n}", f"p{n}") for n in range(6)}
     queries["q5"] = ("Question  0", "p5")  # the text of q0, which is reported
-    write_collection(tmp_path / "data", passages, queries, {"test": range(0, 2), "train": range(1, 6)})
+    write_collection(tmp_path / "data", passages, queries, {"test": range(2), "train": range(1, 6)})
     config = load(CONFIG, [f"dataset.path={tmp_path}/data", f"output_dir={tmp_path}/out"])
     context = job.open_run(config, dry_run=False)
     source = open_source(config.dataset.path)
