@@ -148,25 +148,6 @@ class TeacherConfig:
 
 
 @dataclass
-class RerankerConfig:
-    """A cross-encoder trained by ``jobs/teacher.py`` on the judged pairs of ``datasets``."""
-
-    base: str = "all-MiniLM-L6-v2"  # where it starts: an encoder's folder or hub id
-    split: str = "train"  # of each dataset: judged queries to learn from; those of its ``split`` are left out
-    max_queries: int | None = None  # of each dataset, the first by hash
-    negatives: int = 4  # mined for each positive, from the fused run
-    skip: int = 3  # first ranks of the run that no negative is taken from: unjudged answers hide there
-    pool: int = 50  # ranks of the run that negatives come from, and that are reranked to measure
-    dev_queries: int = 100  # of each dataset, held out to measure
-    epochs: int = 1
-    batch_pairs: int = 32
-    learning_rate: float = 3e-5
-    warmup_share: float = 0.1
-    max_tokens: int = 256  # of a pair
-    checkpoint_minutes: float = 10.0
-
-
-@dataclass
 class GroupsConfig:
     list_size: int = 20  # K: the positive and its negatives
     negatives: str = "top"  # of retrieval; spread | stratified: even steps of the teacher's order | score
@@ -209,6 +190,25 @@ class EvaluateConfig:
 
 
 @dataclass
+class RerankerConfig:
+    """A cross-encoder trained by ``jobs/teacher.py`` on the judged pairs of ``datasets``."""
+
+    base: str = "all-MiniLM-L6-v2"  # where it starts: an encoder's folder or hub id
+    split: str = "train"  # of each dataset: judged queries to learn from; those of its ``split`` are left out
+    max_queries: int | None = None  # of each dataset, the first by hash
+    negatives: int = 4  # mined for each positive, from the fused run
+    skip: int = 3  # first ranks of the run that no negative is taken from: unjudged answers hide there
+    pool: int = 50  # ranks of the run that negatives come from, and that are reranked to measure
+    dev_queries: int = 100  # of each dataset, held out to measure
+    epochs: int = 1
+    batch_pairs: int = 32
+    learning_rate: float = 3e-5
+    warmup_share: float = 0.1
+    max_tokens: int = 256  # of a pair
+    checkpoint_minutes: float = 10.0
+
+
+@dataclass
 class ComputeConfig:
     workers: int = 1
     logical_cpus: int = 8  # of the local cluster that a job starts itself
@@ -228,10 +228,10 @@ class Config:
     student: StudentConfig = field(default_factory=StudentConfig)
     retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    reranker: RerankerConfig = field(default_factory=RerankerConfig)
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    reranker: RerankerConfig = field(default_factory=RerankerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     seed: int = 0
     output_dir: str = "out/run"
