@@ -170,9 +170,8 @@ def _ranges(
         )
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    if within:
-        ax.set_xlim(*within)
     ax.margins(x=0.08)
+    ax.set_xlim(*(within or (min(0.0, *(low for low, *_ in rows.values())), None)))
     ax.grid(axis="x")
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
