@@ -142,13 +142,18 @@ def test_margins_leave_no_similar_negative_in_any_list(
         for folder in (finished / "store").glob("groups-*")
         if json.loads((folder / "manifest.json").read_text())["identity"]["groups"]["relative_margin"]
     )
+    manifest = json.loads((groups / "manifest.json").read_text())
     similar: dict[tuple[str, str], float] = {}
-    for part in (finished / "store").glob("retrieve-*/run-*"):
+    (run,) = (
+        folder
+        for folder in (finished / "store").glob("retrieve-*")
+        if json.loads((folder / "manifest.json").read_text())["content"] == manifest["identity"]["retrieved"]
+    )
+    for part in run.glob("run-*"):
         for row in pq.read_table(part).to_pylist():
             if row["retriever"] == "dense":
                 similar[row["query_id"], row["passage_id"]] = row["score"]
     rows = pq.read_table(groups / "groups.parquet").to_pylist()
-    manifest = json.loads((groups / "manifest.json").read_text())
     assert len(rows) == manifest["kept"]
     for row in rows:
         lowest = min(score for (query, _), score in similar.items() if query == row["query_id"])
