@@ -3,7 +3,9 @@
 The loss is binary cross-entropy over single pairs, and the trainer sentence-transformers' own.
 """
 
+import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +90,6 @@ def train(
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
     from transformers import TrainerCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     class Watch(TrainerCallback):  # type: ignore[misc]  # the trainer takes nothing but a subclass
         saved = time.monotonic()
@@ -134,8 +135,21 @@ def train(
         loss=BinaryCrossEntropyLoss(model),
         callbacks=[Watch()],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
+    trainer.train(resume_from_checkpoint=_newest(checkpoints))
     return model
+
+
+def _newest(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written whole: its state is written last. Broken ones are deleted."""
+    whole = {}
+    for path in checkpoints.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+        else:
+            whole[int(path.name.rpartition("-")[2])] = str(path)
+    return whole[max(whole)] if whole else None
 
 
 def rerank(model: Any, query: str, passage_ids: Sequence[str], texts: Sequence[str]) -> list[str]:

@@ -83,6 +83,8 @@ def test_it_learns_is_saved_as_a_teacher_folder_and_a_killed_training_ends_the_s
     with pytest.raises(Killed):
         train(texts, labels, often, tmp_path / "two", on_step=until)
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["checkpoint-24"]
+    (tmp_path / "two" / "checkpoint-25").mkdir()  # killed while it was being written
+    (tmp_path / "two" / "checkpoint-25" / "model.safetensors").write_text("half of")
     again: list[int] = []
     resumed = train(texts, labels, settings, tmp_path / "two", on_step=lambda step, total: again.append(step))
     assert again == list(range(25, 61))
