@@ -17,14 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 from retrieval_ray.errors import UserError
 from retrieval_ray.prompts import KINDS
 from retrieval_ray.sampling import WAYS
+from retrieval_ray.selection import NEGATIVES
 
 ENGINES = ("vllm", "endpoint")
 SOURCES = ("log", "extractive", "llm")
 RETRIEVERS = ("dense", "bm25")
 TEACHERS = ("embedded", "cross_encoder")
-NEGATIVES = ("top", "spread")
 INDEXES = ("exact", "ivf", "ivfpq")
-
+MARGIN_SCORES = ("dense", "teacher")
 
 _TINY, _MANY = 1e-9, math.inf
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays allowed where it is
@@ -44,9 +44,16 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "min_recall": (0, 1),
     },
     "teacher": {"max_tokens": (1, _MANY)},
+    "reranker": {
+        "max_queries": (1, _MANY), "negatives": (1, _MANY), "skip": (0, _MANY), "pool": (1, _MANY),
+        "dev_queries": (0, _MANY), "epochs": (1, _MANY), "batch_pairs": (1, _MANY),
+        "learning_rate": (_TINY, 1), "warmup_share": (0, 0.99), "max_tokens": (8, _MANY),
+        "checkpoint_minutes": (0, _MANY),
+    },
     "groups": {
         "source_rank": (1, _MANY), "lower_percentile": (0, 100), "upper_percentile": (0, 100),
         "min_positive_percentile": (0, 100), "false_negative_ratio": (0, _MANY),
+        "relative_margin": (0, 1), "absolute_margin": (0, _MANY),
     },
     "train": {
         "batch_queries": (1, _MANY), "dev_queries": (1, _MANY),
@@ -159,7 +166,10 @@ class TeacherConfig:
 @dataclass
 class GroupsConfig:
     list_size: int = 20  # K: the positive and its negatives
-    negatives: str = "top"  # top: first in retrieval; spread: even steps of the teacher's order
+    negatives: str = "top"  # of retrieval; spread | stratified: even steps of the teacher's order | score
+    relative_margin: float | None = None  # a negative scores at most positive x (1 - this); NV-Retriever: .05
+    absolute_margin: float | None = None  # a negative scores at most positive - this; NV-Retriever: .05
+    margin_scores: str = "dense"  # whose: dense (similarity, as in NV-Retriever) | teacher (normalised)
     source_rank: int = 20  # a query's source must be retrieved this high by each retriever
     require_first: bool = True  # and the teacher must put it first
     lower_percentile: float = 1.0  # scores are scaled so that these become 0 and 1
@@ -210,6 +220,25 @@ class EvaluateConfig:
 
 
 @dataclass
+class RerankerConfig:
+    """A cross-encoder trained by ``jobs/teacher.py`` on the judged pairs of ``datasets``."""
+
+    base: str = "all-MiniLM-L6-v2"  # where it starts: an encoder's folder or hub id
+    split: str = "train"  # of each dataset: judged queries to learn from; those of its ``split`` are left out
+    max_queries: int | None = None  # of each dataset, the first by hash
+    negatives: int = 4  # mined for each positive, from the fused run
+    skip: int = 3  # first ranks of the run that no negative is taken from: unjudged answers hide there
+    pool: int = 50  # ranks of the run that negatives come from, and that are reranked to measure
+    dev_queries: int = 100  # of each dataset, held out to measure
+    epochs: int = 1
+    batch_pairs: int = 32
+    learning_rate: float = 3e-5
+    warmup_share: float = 0.1
+    max_tokens: int = 256  # of a pair
+    checkpoint_minutes: float = 10.0
+
+
+@dataclass
 class ComputeConfig:
     workers: int = 1
     logical_cpus: int = 8  # of the local cluster that a job starts itself
@@ -232,6 +261,7 @@ class Config:
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    reranker: RerankerConfig = field(default_factory=RerankerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     seed: int = 0
     output_dir: str = "out/run"
@@ -348,7 +378,8 @@ def _check_values(config: Config) -> None:
         ("retrieve.retrievers", config.retrieve.retrievers, (*RETRIEVERS, *config.retrieve.models)),
         ("retrieve.index", [config.retrieve.index], INDEXES),
         ("teacher.kind", [config.teacher.kind], TEACHERS),
-        ("groups.negatives", [config.groups.negatives], NEGATIVES),
+        ("groups.negatives", [config.groups.negatives], tuple(NEGATIVES)),
+        ("groups.margin_scores", [config.groups.margin_scores], MARGIN_SCORES),
         ("evaluate.systems", config.evaluate.systems, ("bm25", "teacher")),
         ("compute.precision", [config.compute.precision or "float32"], ("float32", "bfloat16")),
     ):
@@ -376,6 +407,10 @@ def _check_values(config: Config) -> None:
     need(
         set(config.teacher.weights or {}) <= {"late", "bm25", "dense"},
         "teacher.weights: the embedded teachers are late, bm25 and dense",
+    )
+    need(
+        config.reranker.skip < config.reranker.pool <= config.retrieve.depth,
+        "reranker.pool: must be more than reranker.skip and at most retrieve.depth",
     )
     need(config.groups.list_size >= 2, "groups.list_size: a list needs a positive and a negative")
     need(

@@ -7,14 +7,15 @@ gate looks at each fold with weights fitted on the other four.
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_ray.groups import Scores, combine
+from retrieval_ray.groups import combine
 from retrieval_ray.metrics import Difference, Qrels, paired_difference, per_query
 from retrieval_ray.runs import top_k
+from retrieval_ray.selection import Scores
 
 FOLDS = 5
 _STEPS = 8  # weights are multiples of 1/8
@@ -33,7 +34,10 @@ class JudgedPool:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found. ``difference`` is teacher minus student; None where nothing was judged."""
+    """What the gate found. ``difference`` is teacher minus student; None where nothing was judged.
+
+    by_query: nDCG@10 of (student, teacher) per judged query, the teacher's with cross-fitted weights.
+    """
 
     weights: Weights
     passed: bool | None  # None: unproven, there were no judged dev queries
@@ -41,6 +45,7 @@ class Verdict:
     teacher: float | None
     difference: Difference | None
     queries: int
+    by_query: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def rerank(pool: JudgedPool, weights: Mapping[str, float]) -> list[str]:
@@ -90,6 +95,7 @@ def judge(
         teacher=float(cross_fitted.mean()),
         difference=difference,
         queries=len(queries),
+        by_query=dict(zip(queries, zip(student_Q.tolist(), cross_fitted.tolist(), strict=True), strict=True)),
     )
 
 

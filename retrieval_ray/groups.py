@@ -7,20 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Scores = npt.NDArray[np.float64]
+from retrieval_ray.selection import NEGATIVES, Margins, Scores, too_close
 
 
 @dataclass(frozen=True)
 class Pool:
-    """One query's judged passages in the order of retrieval, with the combined teacher score."""
+    """One query's judged passages in the order of retrieval, with the combined teacher score.
+
+    similarities_N: the dense retriever's own scores, NaN for what it did not retrieve; ``floor``: the
+    lowest score it retrieved.
+    """
 
     query_id: str
     kind: str
     source_id: str | None  # the passage the query was written from; None for a log
     passage_ids: Sequence[str]
     scores_N: Scores
+    similarities_N: Scores | None = None
+    floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Group:
     passage_ids: Sequence[str]
     teacher_scores_K: Scores  # in [0, 1]
     excluded_ids: Sequence[str]
+    too_close: int = 0  # passages that the margins kept out of the negatives
+    deeper: int = 0  # of the rule "top": negatives that stand in for such passages, from deeper ranks
 
 
 def standardise(scores_N: Scores) -> Scores:
@@ -130,42 +137,58 @@ def best(pool: Pool) -> int:
     return min(range(len(pool.passage_ids)), key=lambda i: (-pool.scores_N[i], pool.passage_ids[i]))
 
 
+def positive_of(pool: Pool) -> int:
+    """Where the positive stands in the pool: the source, or the teacher's first for a log query."""
+    return pool.passage_ids.index(pool.source_id) if pool.source_id in pool.passage_ids else best(pool)
+
+
 def build(
-    pool: Pool, scale: Scale, *, list_size: int, false_negative_ratio: float, negatives: str
+    pool: Pool,
+    scale: Scale,
+    *,
+    list_size: int,
+    false_negative_ratio: float,
+    negatives: str,
+    margins: Margins | None = None,
 ) -> Group | tuple[str, str]:
-    """The list of K of one query, or (reason, detail) if its positive scores too low.
+    """The list of K of one query, or (reason, detail) where none can be made.
 
-    The positive is the source, or the teacher's first for a log query. ``negatives`` says which K - 1
-    passages of the pool join it; they are then ordered by falling teacher score:
-
-    - ``top``: the first in the order of retrieval, a retriever's own top K (CADET).
-    - ``spread``: at even steps of the teacher's order, from its second to its last, so that a list
-      shows the whole range of scores (stratified negatives, arXiv 2604.04734).
+    ``negatives`` names the rule (``selection.NEGATIVES``) by which K - 1 passages of the pool join the
+    positive; they are then ordered by falling teacher score.
 
     The 60 % rule: every judged passage whose normalised score is over ``false_negative_ratio`` times
     the positive's is masked from InfoNCE by id, and stays in the KL list
     [train_bge_listwise.py:203,212-223]. The positive itself is not in ``excluded_ids``.
+
+    margins: passages too close to the positive are no negatives at all, and are masked as well. They are
+    measured on ``similarities_N`` where the pool has them, else on the normalised teacher scores. The
+    rule then chooses among the rest of the pool, so deeper ranks fill the list; nothing unjudged does.
     """
-    if pool.source_id in pool.passage_ids:
-        positive = pool.passage_ids.index(pool.source_id)
-    else:
-        positive = best(pool)
+    positive = positive_of(pool)
     if pool.scores_N[positive] < scale.min_positive:
         return "low_positive", f"{pool.scores_N[positive]:.4g} < {scale.min_positive:.4g}"
     normal_N = scale.apply(pool.scores_N)
     others = [i for i in range(len(pool.passage_ids)) if i != positive]
-    by_score = sorted(others, key=lambda i: (-pool.scores_N[i], pool.passage_ids[i]))
-    if negatives == "top":
-        first = set(others[: list_size - 1])
-        chosen = [positive, *(i for i in by_score if i in first)]
-    else:
-        steps = np.linspace(0, len(by_score) - 1, list_size - 1).astype(int)
-        chosen = [positive, *(by_score[step] for step in steps)]
+    close: set[int] = set()
+    if margins is not None:
+        measured_N = normal_N if pool.similarities_N is None else pool.similarities_N
+        close = set(too_close(measured_N, positive, margins, floor=pool.floor))
+    ranked = [i for i in others if i not in close]
+    if close and len(ranked) < list_size - 1:
+        return (
+            "few_negatives",
+            f"{len(close)} of {len(others)} passages are too close to the positive, a list needs "
+            f"{list_size - 1} others",
+        )
+    by_score = sorted(ranked, key=lambda i: (-pool.scores_N[i], pool.passage_ids[i]))
+    chosen = [positive, *NEGATIVES[negatives](ranked, by_score, pool.scores_N, list_size - 1)]
     limit = false_negative_ratio * normal_N[positive]
     return Group(
         query_id=pool.query_id,
         kind=pool.kind,
         passage_ids=[pool.passage_ids[i] for i in chosen],
         teacher_scores_K=normal_N[chosen],
-        excluded_ids=sorted(pool.passage_ids[i] for i in others if normal_N[i] > limit),
+        excluded_ids=sorted(pool.passage_ids[i] for i in others if normal_N[i] > limit or i in close),
+        too_close=len(close),
+        deeper=len(close & set(others[: list_size - 1])) if negatives == "top" else 0,
     )

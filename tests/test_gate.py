@@ -50,6 +50,8 @@ def test_a_perfect_teacher_passes_and_gets_the_weight():
     assert verdict.teacher == pytest.approx(1.0)
     assert verdict.difference.mean == pytest.approx(verdict.teacher - verdict.student)
     assert verdict.queries == 40
+    students, teachers = zip(*verdict.by_query.values(), strict=True)
+    assert (np.mean(students), np.mean(teachers)) == pytest.approx((verdict.student, verdict.teacher))
 
 
 def test_a_teacher_no_better_than_the_student_does_not_pass():

@@ -6,6 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from retrieval_ray.groups import Group, Pool, Scale, best, build, combine, inconsistency, standardise
+from retrieval_ray.selection import NEGATIVES, Margins
 from tests import oracles
 
 # quarters: exact in binary, negative and tied scores in most examples
@@ -29,8 +30,10 @@ def _scale(scores, low=0.0, high=100.0, floor=None):
     )
 
 
-def _built(pool, scale, list_size=4, ratio=0.6, negatives="top"):
-    group = build(pool, scale, list_size=list_size, false_negative_ratio=ratio, negatives=negatives)
+def _built(pool, scale, list_size=4, ratio=0.6, negatives="top", margins=None):
+    group = build(
+        pool, scale, list_size=list_size, false_negative_ratio=ratio, negatives=negatives, margins=margins
+    )
     assert isinstance(group, Group)
     return group
 
@@ -64,12 +67,55 @@ def test_spread_negatives_are_even_steps_of_the_teachers_order_from_first_to_las
 
 
 @given(pools(min_size=2))
-def test_both_choices_of_negatives_agree_when_the_list_is_the_pool(pool):
+def test_all_choices_of_negatives_agree_when_the_list_is_the_pool(pool):
     lists = [
         _built(pool, _scale(pool.scores_N), len(pool.passage_ids), negatives=negatives).passage_ids
-        for negatives in ("top", "spread")
+        for negatives in NEGATIVES
     ]
-    assert lists[0] == lists[1]
+    assert lists[0] == lists[1] == lists[2]
+
+
+@given(pools(min_size=2), st.sampled_from(sorted(NEGATIVES)), st.data())
+def test_a_list_with_margins_holds_nothing_too_close_or_says_why_there_is_none(pool, negatives, data):
+    list_size = data.draw(st.integers(2, len(pool.passage_ids)))
+    share = data.draw(st.sampled_from([0.0, 0.05, 0.4]))
+    scale = _scale(pool.scores_N)
+    normal = dict(zip(pool.passage_ids, scale.apply(pool.scores_N), strict=True))
+    close = {
+        p
+        for p in pool.passage_ids
+        if p != pool.source_id and normal[p] > (1 - share) * normal[pool.source_id]
+    }
+    made = build(
+        pool,
+        scale,
+        list_size=list_size,
+        false_negative_ratio=1.0,
+        negatives=negatives,
+        margins=Margins(relative=share),
+    )
+    if len(pool.passage_ids) - 1 - len(close) < list_size - 1 and close:
+        assert isinstance(made, tuple) and made[0] == "few_negatives"
+        return
+    assert isinstance(made, Group) and len(made.passage_ids) == list_size
+    assert not close & set(made.passage_ids) and close <= set(made.excluded_ids)
+    assert made.too_close == len(close)
+
+
+def test_a_deeper_rank_stands_in_for_a_passage_that_the_retriever_finds_too_close():
+    ids = ["pos", "close", "near", "far", "unseen"]
+    similar = np.array([0.80, 0.79, 0.70, 0.60, np.nan])
+    pool = Pool("q", "log", "pos", ids, np.array([4.0, 3.0, 2.0, 1.0, 0.0]), similar, floor=0.6)
+    group = _built(pool, _scale(pool.scores_N), list_size=3, ratio=1.0, margins=Margins(relative=0.05))
+    assert group.passage_ids == ["pos", "near", "far"]
+    assert (group.too_close, group.deeper, list(group.excluded_ids)) == (1, 1, ["close"])
+    without = _built(pool, _scale(pool.scores_N), list_size=3, ratio=1.0)
+    assert without.passage_ids == ["pos", "close", "near"] and without.deeper == 0
+    short = build(
+        pool, _scale(pool.scores_N), list_size=5, false_negative_ratio=1.0, negatives="top",
+        margins=Margins(relative=0.05),
+    )  # fmt: skip
+    assert isinstance(short, tuple) and short[0] == "few_negatives" and "1 of 4" in short[1]
 
 
 @given(pools(), RAW, RAW, st.sampled_from([0.6, 0.5, 0.95]))

@@ -20,6 +20,7 @@ MIDDLE = {
     "teacher",
     "step",
     "fit",
+    "plots",
     "report",
     "search",
     "ivf",

@@ -1,6 +1,8 @@
 """The report's parts that can be read without a run; tests/ray/test_adapt.py looks at a whole page."""
 
-from retrieval_ray.report import drops
+import re
+
+from retrieval_ray.report import Facts, drops, page
 
 
 def test_what_was_dropped_is_shown_with_samples_and_cannot_inject() -> None:
@@ -15,3 +17,82 @@ def test_what_was_dropped_is_shown_with_samples_and_cannot_inject() -> None:
 
 def test_nothing_dropped_needs_no_table() -> None:
     assert drops({}, {}) == ""
+
+
+SHARE = {"ndcg@5": 0.5, "ndcg@10": 0.25, "recall@100": 0.75, "mrr@10": 0.5, "map@100": 0.5}
+TRUST = {
+    "dev": {"queries": 2, "better": 1, "worse": 1},
+    "losses": [
+        {
+            "query": "why <b>so</b>", "student": 0.875, "teacher": 0.125, "relevant": "the right one",
+            "student_rank": 1, "teacher_rank": None, "teacher_first": "a wrong one",
+        }
+    ],
+    "agreement": {"dense": {"tau": [0.0, 0.1, 0.2, 0.3, 0.4], "overlap@10": [0.1, 0.2, 0.3, 0.4, 0.5]}},
+    "kinds": {
+        "title": {
+            "queries": 1234, "spread": [1.0, 2.0, 3.0, 4.0, 5.0], "sources": 1000, "not_first": 0.125,
+            "inverted": 0.0625,
+        },
+        "log": {
+            "queries": 7, "spread": [1.0, 1.0, 1.0, 1.0, 1.0], "sources": 0, "not_first": None,
+            "inverted": 0.0,
+        },
+    },
+    "inverted": [
+        {
+            "query": "an odd one", "kind": "title", "anchor": "source", "anchor_text": "where it is from",
+            "rank": 19, "depth": 20, "gap": 3.25, "best_text": "what the teacher likes",
+        }
+    ],
+}  # fmt: skip
+PARITY = {
+    "ours": "cross_encoder@aa-float32", "theirs": "cross_encoder@aa-bfloat16", "pairs": 4321,
+    "largest": 0.0625, "mean": 0.015, "scale": 2.5, "rank_correlation": 0.99875,
+}  # fmt: skip
+
+
+def _facts(**more: object) -> Facts:
+    return Facts(
+        metrics={
+            "dataset": "shop", "split": "test", "queries_judged": 2, "decision": "base", "training": None,
+            "systems": {"base": SHARE, "adapted": SHARE},
+            "delta": {"ndcg@10": {"mean": 0.0, "ci95": [0, 0], "p": 1.0}},
+            "queries": {"kept": 3, "rejected": {"not_first": 2, "refusal": 1}},
+        },
+        gate={"weights": {"late": 1.0}, "passed": None},
+        groups={
+            "train": 2, "dev": 1, "rejected": {"not_first": 2}, "trust": TRUST,
+            "samples": {"not_first": ["which shop (the teacher prefers p9)"]},
+            "score_quantiles": {"late": [0.0, 0.5, 1.0]},
+            "left_out": {
+                "masked": {"0": 1, "3": 5}, "too_close": 4, "lists_too_close": 2, "lists_filled_deeper": 1
+            },
+        },
+        queries={"rejected": {"refusal": 1}, "samples": {"refusal": ["I cannot"]}},
+        corpus={"rows": 5000, "rejected": {"duplicate": 17}},
+        per_query={"base": {"q1": SHARE, "q2": SHARE}, "adapted": {"q1": SHARE, "q2": SHARE}},
+        **more,
+    )  # fmt: skip
+
+
+def test_the_page_holds_what_was_found_of_the_teacher_and_loads_nothing() -> None:
+    whole = page([_facts(beside={"q1": (0.875, 0.125), "q2": (0.5, 0.75)}, parity=[PARITY])], fit=None,
+                 training=None)  # fmt: skip
+    for figure in (
+        "0.875", "0.125", "the right one", "student 1, teacher –", "a wrong one",  # the heaviest loss
+        "1,234", "12.5%", "6.2%", "–",  # the kinds
+        "19 of 20", "3.25", "source: where it is from", "what the teacher likes",  # the inverted pair
+        "4,321", "0.0625", "0.9988", "cross_encoder@aa-bfloat16",  # parity
+        "which shop (the teacher prefers p9)", "I cannot", "duplicate 17",  # drops by each rule
+        "15 passages of 6 training lists", "4 of them, in 2 lists", "in 1 lists a deeper",
+    ):  # fmt: skip
+        assert figure in whole, figure
+    assert "&lt;b&gt;so&lt;/b&gt;" in whole and "<b>so</b>" not in whole
+    assert whole.count("<svg") == 8
+    assert not re.search(r"""<(script|link|img|iframe)|(src|href)=["']?https?:""", whole)
+
+
+def test_a_page_without_judged_dev_queries_shows_the_signs_alone() -> None:
+    whole = page([_facts()], fit=None, training=None)
+    assert "the right one" not in whole and "19 of 20" in whole and whole.count("<svg") == 7

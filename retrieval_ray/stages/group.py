@@ -1,24 +1,28 @@
 """The groups stage: the teacher gate, then training lists from raw scores. No model runs here."""
 
 from collections import Counter, defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from retrieval_ray import gate, groups, schema
+from retrieval_ray import gate, groups, schema, trust
 from retrieval_ray.artifacts import Stage, digest, stage
 from retrieval_ray.config import to_dict
 from retrieval_ray.datasets import rejects_table
+from retrieval_ray.filters import Reject
 from retrieval_ray.progress import say
+from retrieval_ray.selection import Margins
+from retrieval_ray.stages import trust as trusted
 from retrieval_ray.stages.collection import Grouped, Judged, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.queries import qrels_of, queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.stages.score import scores_of
 
-VERSION = 2
+VERSION = 3
+_SHOWN = 5  # samples of each reason
 EQUAL_WEIGHTS = {"late": 1 / 3, "bm25": 1 / 3, "dense": 1 / 3}
 
 
@@ -48,20 +52,30 @@ def _group(context: Context, judged: Judged) -> Stage:
     raw = scores_of(judged)
     pools = _pools(judged, raw, config.teacher.depth)
     verdict = _verdict(context, judged, pools)
-    built, rejects = _build(context, judged, pools, verdict.weights)
+    pooled, rejects = _pooled(context, judged, pools, verdict.weights)
+    built, unfit = _build(context, judged, pooled)
+    rejects += unfit
+    findings = trusted.Findings(
+        [trust.read(each.pool, each.rankings) for each in pooled],
+        [trust.Beside(q, *pair) for q, pair in sorted(verdict.by_query.items())],
+    )
     table = schema.from_rows("groups", [_row(judged.name, group, split) for group, split in built])
     target.write("groups.parquet", table)
     target.write("rejects.parquet", rejects_table("groups", rejects))
+    target.write("trust.parquet", trusted.table(findings))
     splits = Counter(split for _, split in built)
     context.finish(
         target,
-        ["groups.parquet", "rejects.parquet"],
+        ["groups.parquet", "rejects.parquet", "trust.parquet"],
         rows=len(built),
-        gate=asdict(verdict),
+        gate={key: value for key, value in asdict(verdict).items() if key != "by_query"},
+        trust=trusted.facts(judged, findings, pools, verdict.weights),
         kept=len(built),
         train=splits["train"],
         dev=splits["dev"],
         rejected=dict(Counter(reason for _, reason, _ in rejects)),
+        samples=_samples(rejects, judged),
+        left_out=_left_out([group for group, split in built if split == "train"]),
         score_quantiles={
             teacher: np.quantile(list(scores.values()), np.linspace(0, 1, 41)).tolist()
             for teacher, scores in raw.items()
@@ -140,44 +154,71 @@ def _shown(weights: gate.Weights) -> str:
     return ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
 
 
-def _build(
+@dataclass(frozen=True)
+class _Pooled:
+    """The pool of a training query, and each retriever's own ranking."""
+
+    pool: groups.Pool
+    rankings: dict[str, list[str]]
+
+
+def _pooled(
     context: Context, judged: Judged, pools: dict[str, gate.JudgedPool], weights: gate.Weights
-) -> tuple[list[tuple[groups.Group, str]], list[tuple[str, str, str]]]:
+) -> tuple[list[_Pooled], list[Reject]]:
+    """The pools of all training queries, by query_id, and the queries that have none."""
     config = context.config.groups
     table = queries_table(judged.queries)
     table = table.filter(pa.compute.equal(table.column("split"), "train"))
     own = {r: rankings_of(judged.retrieved, r) for r in judged.retrievers}
-    rejects: list[tuple[str, str, str]] = []
-    by_kind: dict[str, list[groups.Pool]] = defaultdict(list)
+    by_similarity = config.margin_scores == "dense" and _margins(context) is not None
+    found, rejects = [], []
     for row in sorted(table.to_pylist(), key=lambda row: str(row["query_id"])):
-        found = pools.get(row["query_id"])
-        if found is None or not found.passage_ids:
-            rejects.append((row["query_id"], "nothing_retrieved", row["text"]))
+        query_id = str(row["query_id"])
+        held = pools.get(query_id)
+        if held is None or not held.passage_ids:
+            rejects.append((query_id, "nothing_retrieved", ""))
             continue
         pool = groups.Pool(
-            row["query_id"],
-            row["kind"],
-            row["passage_id"],
-            found.passage_ids,
-            groups.combine(found.teachers, weights),
+            query_id, row["kind"], row["passage_id"], held.passage_ids, groups.combine(held.teachers, weights)
         )
-        rankings = {r: [p for p, _ in own[r].get(pool.query_id, [])] for r in judged.retrievers}
+        if by_similarity:
+            similar = dict(own["dense"].get(query_id, []))
+            pool = replace(
+                pool,
+                similarities_N=np.array([similar.get(p, np.nan) for p in pool.passage_ids]),
+                floor=min(similar.values(), default=0.0),
+            )
+        found.append(_Pooled(pool, {r: [p for p, _ in own[r].get(query_id, [])] for r in judged.retrievers}))
+    return found, rejects
+
+
+def _margins(context: Context) -> Margins | None:
+    config = context.config.groups
+    if config.relative_margin is None and config.absolute_margin is None:
+        return None
+    return Margins(config.relative_margin, config.absolute_margin)
+
+
+def _build(
+    context: Context, judged: Judged, pooled: list[_Pooled]
+) -> tuple[list[tuple[groups.Group, str]], list[Reject]]:
+    config = context.config.groups
+    rejects: list[Reject] = []
+    by_kind: dict[str, list[groups.Pool]] = defaultdict(list)
+    for each in pooled:
         problem = groups.inconsistency(
-            pool,
-            rankings,
+            each.pool,
+            each.rankings,
             list_size=config.list_size,
             source_rank=config.source_rank,
             require_first=config.require_first,
         )
         if problem:
-            rejects.append((pool.query_id, *problem))
+            rejects.append((each.pool.query_id, *problem))
         else:
-            by_kind[pool.kind].append(pool)
+            by_kind[each.pool.kind].append(each.pool)
     survivors: list[tuple[groups.Pool, groups.Scale, groups.Group]] = []
-    rules: dict[str, Any] = {
-        "false_negative_ratio": config.false_negative_ratio,
-        "negatives": config.negatives,
-    }
+    ratio = config.false_negative_ratio
     for kind in sorted(by_kind):
         scale = groups.Scale.of(
             np.concatenate([pool.scores_N for pool in by_kind[kind]]),
@@ -186,7 +227,14 @@ def _build(
             min_positive_percentile=config.min_positive_percentile,
         )
         for pool in by_kind[kind]:
-            group = groups.build(pool, scale, list_size=config.list_size, **rules)
+            group = groups.build(
+                pool,
+                scale,
+                list_size=config.list_size,
+                false_negative_ratio=ratio,
+                negatives=config.negatives,
+                margins=_margins(context),
+            )
             if isinstance(group, groups.Group):
                 survivors.append((pool, scale, group))
             else:
@@ -200,9 +248,10 @@ def _build(
         elif not whole:
             built.append((group, "dev"))
         else:
-            pooled = groups.build(pool, scale, list_size=len(pool.passage_ids), **rules)
-            assert isinstance(pooled, groups.Group)
-            built.append((pooled, "dev"))
+            size = len(pool.passage_ids)
+            all_of_it = groups.build(pool, scale, list_size=size, false_negative_ratio=ratio, negatives="top")
+            assert isinstance(all_of_it, groups.Group)
+            built.append((all_of_it, "dev"))
     return built, rejects
 
 
@@ -218,6 +267,33 @@ def _held_out(pools: list[groups.Pool], context: Context) -> set[str]:
     share = min(train.dev_share, train.dev_queries / max(1, len(pools)))
     by_hash = sorted(sources, key=lambda key: digest([context.config.seed, key]))
     return set(by_hash[: max(1, round(share * len(sources)))])
+
+
+def _samples(rejects: list[Reject], judged: Judged) -> dict[str, list[str]]:
+    """A few dropped queries of each reason, with the particulars, for the report."""
+    some: dict[str, list[Reject]] = defaultdict(list)
+    for reject in rejects:
+        if len(some[reject[1]]) < _SHOWN:
+            some[reject[1]].append(reject)
+    table = queries_table(judged.queries)
+    ids = pa.array([key for rows in some.values() for key, _, _ in rows], pa.string())
+    table = table.filter(pa.compute.is_in(table.column("query_id"), value_set=ids))
+    columns = (table.column(name).to_pylist() for name in ("query_id", "text"))
+    texts = dict(zip(*columns, strict=True))
+    return {
+        reason: [f"{texts[key]} ({detail})" if detail else texts[key] for key, _, detail in rows]
+        for reason, rows in some.items()
+    }
+
+
+def _left_out(built: list[groups.Group]) -> dict[str, Any]:
+    """How many passages the rules kept out: masked from InfoNCE, too close to be negatives at all."""
+    return {
+        "masked": dict(sorted(Counter(len(group.excluded_ids) for group in built).items())),
+        "too_close": sum(group.too_close for group in built),
+        "lists_too_close": sum(group.too_close > 0 for group in built),
+        "lists_filled_deeper": sum(group.deeper > 0 for group in built),
+    }
 
 
 def _row(corpus: str, group: groups.Group, split: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The corpus stage: a collection's passages -> Arrow parts by content hash, near-duplicates marked."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,14 +32,28 @@ def corpus_table(corpus: Stage) -> pa.Table:
 def texts_by_id(corpus: Stage) -> dict[str, str]:
     """What the models read of each passage."""
     titles = bool(corpus.identity["titles"])
-    table = corpus_table(corpus)
     return {
         passage_id: passage_text(title, text, titles=titles)
-        for passage_id, title, text in zip(
-            *(table.column(name).to_pylist() for name in ("passage_id", "title", "text")),
-            strict=True,
-        )
+        for passage_id, title, text in _rows(corpus_table(corpus))
     }
+
+
+def some_passages(corpus: Stage, ids: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Title and text of these passages alone, read part by part; no title where models read none."""
+    titles, wanted = bool(corpus.identity["titles"]), pa.array(sorted(set(ids)), pa.string())
+    found = {}
+    for name in corpus.parts():
+        if name.startswith("corpus-"):
+            table = corpus.read(name)
+            for passage_id, title, text in _rows(
+                table.filter(pc.is_in(table.column("passage_id"), value_set=wanted))
+            ):
+                found[passage_id] = (title if titles else "", text)
+    return found
+
+
+def _rows(table: pa.Table) -> Iterator[tuple[str, str, str]]:
+    return zip(*(table.column(name).to_pylist() for name in ("passage_id", "title", "text")), strict=True)
 
 
 def duplicates(corpus: Stage) -> set[str]:

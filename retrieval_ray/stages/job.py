@@ -8,7 +8,7 @@ import argparse
 import errno
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,27 +27,39 @@ _USER_ERROR = re.compile(r"retrieval_ray\.errors\.UserError: (.+)")
 _NO_SPACE = "No space left on device"
 
 
-def main(work: Callable[..., str | None], description: str, **numbers: str) -> None:
+def main(
+    work: Callable[..., str | None],
+    description: str,
+    *,
+    keys: Mapping[str, str] | None = None,
+    **numbers: str,
+) -> None:
     """Parse ``CONFIG.yaml [key=value ...] [--dry-run] [--until STAGE]`` and run the work.
 
     ``work(context, until)`` returns what is printed as the last line on standard output. numbers: further
-    options that take a number, by name, with a word of help; ``work`` gets them by name.
+    options that take a number, and keys: ``key=value`` of this job alone, which are no part of a run's
+    config; both by name, with a word of help, and ``work`` gets those that are given by name.
     """
+    own_keys = keys or {}
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="a YAML file of differences from the defaults")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    own_help = "; ".join(f"{name}={text}" for name, text in own_keys.items())
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=own_help or None)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--until", choices=STAGES, help="stop when this stage is done")
     for name, text in numbers.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
     arguments = parser.parse_intermixed_args()
     given = {name: getattr(arguments, name) for name in numbers}
+    pairs = [override.partition("=") for override in arguments.overrides]
+    own = {name: value for name, _, value in pairs if name in own_keys}
+    overrides = [override for override in arguments.overrides if override.partition("=")[0] not in own_keys]
     try:
-        config = load(arguments.config, arguments.overrides)
+        config = load(arguments.config, overrides)
         context = open_run(
             config, dry_run=arguments.dry_run or any(value is not None for value in given.values())
         )
-        last_line = work(context, arguments.until, **given)
+        last_line = work(context, arguments.until, **given, **own)
     except Exception as error:
         message = explain(error)
         if message is None:

@@ -129,7 +129,7 @@ def _collect(
     train_rows = len(rows)
     for name, split in judged.items():
         rows += [query_row(key, text, "judged", name, None, "human") for key, text in split.texts.items()]
-    _write(context, target, rows, judged, rejects_table("queries", rejects), train_rows)
+    write_tables(context, target, rows, judged, rejects_table("queries", rejects), train_rows)
     return target
 
 
@@ -221,7 +221,7 @@ def query_row(query_id: str, text: str, kind: str, split: str, passage_id: str |
     }
 
 
-def _write(
+def write_tables(
     context: Context,
     target: Stage,
     rows: list[Row],
@@ -229,6 +229,7 @@ def _write(
     rejects: pa.Table,
     train_rows: int,
 ) -> None:
+    """Finish a queries stage: parts by content hash, the judgements of each split, rejects."""
     ids = [str(row["query_id"]) for row in rows]
     if len(set(ids)) != len(ids):
         twice = sorted({key for key in ids if ids.count(key) > 1})[:3]

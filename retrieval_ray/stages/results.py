@@ -13,9 +13,11 @@ from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.gate import FOLDS
 from retrieval_ray.metrics import METRICS, NO_DIFFERENCE, Difference, holm, mean, paired_difference
 from retrieval_ray.model_card import model_card
+from retrieval_ray.stages import parity
 from retrieval_ray.stages.collection import Grouped, Ranked
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.evaluate import trec_lines, values_of
+from retrieval_ray.stages.trust import beside_of
 from retrieval_ray.student import Student
 
 Measures = dict[str, dict[str, dict[str, float]]]  # system -> query -> metric
@@ -63,7 +65,10 @@ def write(context: Context, outcomes: list[Outcome], trained: Stage | None) -> L
                 gate=o.grouped.groups.manifest()["gate"],
                 groups=o.grouped.groups.manifest(),
                 queries=o.grouped.queries.manifest(),
+                corpus=o.grouped.corpus.manifest(),
                 per_query=_systems(values_of(o.evaluated), adapted),
+                beside=beside_of(o.grouped.groups),
+                parity=parity.run(context, o.grouped),
             )
             for d, o in zip(documents, outcomes, strict=True)
         ],

@@ -99,6 +99,70 @@ def test_run_files_and_report(finished: Path) -> None:
     assert (finished / "model" / "README.md").read_text().startswith("---\nlibrary_name")
 
 
+def test_what_the_teacher_does_to_single_queries_is_written_down_and_shown(finished: Path) -> None:
+    """The table by query, its summary in the manifest, the figures on the page."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    (groups,) = (finished / "store").glob("groups-*")
+    manifest = json.loads((groups / "manifest.json").read_text())
+    rows = pq.read_table(groups / "trust.parquet").to_pylist()
+    judged = {(r["system"], r["query_id"]): r["value"] for r in rows if r["metric"] == "ndcg@10"}
+    dev = sorted({query for _, query in judged})
+    gate, trust = manifest["gate"], manifest["trust"]
+    assert len(dev) == gate["queries"] == trust["dev"]["queries"] == 16 and "by_query" not in gate
+    for system in ("student", "teacher"):
+        assert np.mean([judged[system, q] for q in dev]) == pytest.approx(gate[system])
+    worse = sum(judged["teacher", q] < judged["student", q] for q in dev)
+    assert trust["dev"]["worse"] == worse and len(trust["losses"]) == min(worse, 8)
+    tau = [r["value"] for r in rows if r["metric"] == "tau" and r["system"] == "bm25"]
+    assert len(tau) == 48  # every query of the log
+    assert trust["agreement"]["bm25"]["tau"][2] == pytest.approx(np.median(tau))
+    assert trust["kinds"]["log"]["queries"] == 48 and trust["kinds"]["log"]["not_first"] is None
+    assert set(manifest["samples"]) == set(manifest["rejected"])
+    page = (finished / "report.html").read_text()
+    assert page.count("<svg") >= 8
+    assert f"<td>log</td><td>48</td><td>0</td><td>–</td><td>{trust['kinds']['log']['inverted']:.1%}" in page
+    for loss in trust["losses"]:
+        assert f"<td>{loss['student']:.3f}</td><td>{loss['teacher']:.3f}</td>" in page
+
+
+def test_margins_leave_no_similar_negative_in_any_list(
+    finished: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    """NV-Retriever's rule on the dense similarities, checked on the stored rankings."""
+    import pyarrow.parquet as pq
+
+    store = Location.of(str(finished / "store"))
+    settings = small_settings(collection, Path(student_folder), tmp_path / "out")
+    more = ["groups.relative_margin=0.02", "groups.negatives=stratified", f"store={store.path}"]
+    adapt([*settings, *more], until="groups")
+    (groups,) = (
+        folder
+        for folder in (finished / "store").glob("groups-*")
+        if json.loads((folder / "manifest.json").read_text())["identity"]["groups"]["relative_margin"]
+    )
+    manifest = json.loads((groups / "manifest.json").read_text())
+    similar: dict[tuple[str, str], float] = {}
+    (run,) = (
+        folder
+        for folder in (finished / "store").glob("retrieve-*")
+        if json.loads((folder / "manifest.json").read_text())["content"] == manifest["identity"]["retrieved"]
+    )
+    for part in run.glob("run-*"):
+        for row in pq.read_table(part).to_pylist():
+            if row["retriever"] == "dense":
+                similar[row["query_id"], row["passage_id"]] = row["score"]
+    rows = pq.read_table(groups / "groups.parquet").to_pylist()
+    assert len(rows) == manifest["kept"]
+    for row in rows:
+        lowest = min(score for (query, _), score in similar.items() if query == row["query_id"])
+        positive = similar.get((row["query_id"], row["positive_id"]), lowest)
+        for passage in row["passage_ids"][1:]:
+            assert similar.get((row["query_id"], passage), -1.0) <= positive - 0.02 * abs(positive)
+    assert manifest["left_out"]["too_close"] > 0 or manifest["rejected"].get("few_negatives")
+
+
 def test_a_rerun_does_nothing_and_says_so(
     finished: Path, collection: Path, student_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

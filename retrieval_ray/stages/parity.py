@@ -1,0 +1,52 @@
+"""Does a teacher score alike on another engine or at another precision? Asked of what the store holds."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from retrieval_ray import trust
+from retrieval_ray.artifacts import Location, Stage
+from retrieval_ray.stages.collection import Judged
+from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.score import scores_of
+
+
+def run(context: Context, judged: Judged) -> list[dict[str, Any]]:
+    """This run's scores beside other finished ones by the same weights, on the pairs that both judged.
+
+    Others are score stages of this store over the same corpus and queries whose teacher's id
+    (``NAME@WEIGHTS-SETTINGS``) differs in its settings alone: precision, engine, lengths. Nothing is judged
+    for this: where there is no such stage, nothing is compared.
+    """
+    found: list[dict[str, Any]] = []
+    same_data = _same_data(context.store, judged.retrieved)
+    for name, own in judged.scores.items():
+        ours = str(own.manifest()["teacher"])
+        for other in _stages(context.store, f"{own.name}-"):
+            theirs = str(other.manifest()["teacher"])
+            same_weights = theirs.partition("-")[0] == ours.partition("-")[0]
+            if theirs == ours or not same_weights or other.identity["retrieved"] not in same_data:
+                continue
+            one, another = (scores_of(replace(judged, scores={name: s}))[name] for s in (own, other))
+            compared = trust.parity(one, another)
+            if compared is not None:
+                found.append({"ours": ours, "theirs": theirs, **asdict(compared)})
+    return found
+
+
+def _same_data(store: Location, retrieved: Stage) -> set[str]:
+    """The contents of all rankings of this corpus for these queries, this run's own among them."""
+    return {
+        other.content()
+        for other in _stages(store, f"{retrieved.name}-")
+        if all(other.identity[key] == retrieved.identity[key] for key in ("corpus", "queries"))
+    }
+
+
+def _stages(store: Location, prefix: str) -> Iterator[Stage]:
+    """The finished stages of a store whose folder's name begins with the prefix."""
+    for folder in store.names():
+        if folder.startswith(prefix) and (store / folder / "manifest.json").exists():
+            name, _, fingerprint = folder.rpartition("-")
+            manifest = (store / folder / "manifest.json").read_json()
+            yield Stage(name, fingerprint, manifest["identity"], store / folder)

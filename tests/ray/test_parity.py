@@ -1,0 +1,62 @@
+"""Which scores in a store are held beside this run's; no cluster is started."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from retrieval_ray import schema
+from retrieval_ray.artifacts import Location, Stage, stage
+from retrieval_ray.stages import parity
+from retrieval_ray.stages.collection import Judged
+
+pytestmark = [pytest.mark.ray]
+
+
+def _retrieved(store: Location, queries: str, profile: str) -> Stage:
+    made = stage(store, "retrieve", {"corpus": "c", "queries": queries, "passages": profile})
+    made.write("run-0.parquet", schema.from_rows("run", [
+        {"retriever": "fused", "query_id": queries + profile, "passage_id": "a", "rank": 1, "score": 1.0}
+    ]))  # fmt: skip
+    made.finish(["run-0.parquet"])
+    return made
+
+
+def _scored(store: Location, teacher: str, retrieved: Stage, scores: dict[str, float]) -> Stage:
+    made = stage(store, "score-cross_encoder", {"teacher": teacher, "retrieved": retrieved.content()})
+    rows: list[dict[str, Any]] = [
+        {"teacher": teacher, "query_id": "q", "passage_id": p, "score": s} for p, s in scores.items()
+    ]
+    made.write("scores-0000000.parquet", schema.from_rows("scores", rows))
+    made.finish(["scores-0000000.parquet"], teacher=teacher)
+    return made
+
+
+def test_the_same_weights_on_the_same_data_are_compared_and_nothing_else(tmp_path: Path) -> None:
+    store = Location.of(str(tmp_path))
+    ours, theirs = _retrieved(store, "same", "float32"), _retrieved(store, "same", "bfloat16")
+    elsewhere = _retrieved(store, "others", "float32")
+    own = _scored(store, "cross_encoder@aa-512-float32", ours, {"a": 1.0, "b": 2.0, "c": 4.0})
+    _scored(store, "cross_encoder@aa-512-bfloat16", theirs, {"a": 1.25, "b": 2.0, "d": 9.0})
+    _scored(store, "cross_encoder@bb-512-bfloat16", ours, {"a": 7.0})  # other weights
+    _scored(store, "cross_encoder@aa-512-float16", elsewhere, {"a": 7.0})  # other queries
+    unfinished = stage(store, "score-cross_encoder", {"teacher": "cross_encoder@aa-1", "retrieved": "x"})
+    unfinished.folder.filesystem.create_dir(unfinished.folder.path)
+    anything: Any = own
+    judged = Judged(
+        name="n", split="test", relevance_threshold=1, corpus=anything, generated=None, queries=anything,
+        passages=anything, query_vectors=anything, retrievers=("dense",), retrieved=ours,
+        scores={"cross_encoder": own},
+    )  # fmt: skip
+    context: Any = SimpleNamespace(store=store)
+    (found,) = parity.run(context, judged)
+    assert (found["ours"], found["theirs"]) == (
+        "cross_encoder@aa-512-float32", "cross_encoder@aa-512-bfloat16"
+    )  # fmt: skip
+    assert (found["pairs"], found["largest"], found["mean"], found["rank_correlation"]) == (
+        2,
+        0.25,
+        0.125,
+        1.0,
+    )
