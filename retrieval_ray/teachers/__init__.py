@@ -1,0 +1,7 @@
+"""Teachers: raw scores of (query, passage) pairs, each a pure function of the two texts.
+
+Every kind is a class whose ``score(queries, passages)`` takes texts of equal number and gives float32
+scores in their order, neither squashed nor relative to a list. What a model cannot judge is found by
+``pairs.judge``. Two teachers that need no model of their own, ``bm25`` and ``dense``, are looked up in the
+score stage; ``listwise`` orders a whole pool and stands apart for that.
+"""
