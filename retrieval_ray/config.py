@@ -141,7 +141,9 @@ class MemberConfig:
     name: str | None = None  # what teacher.weights calls it; null: its kind, numbered where it is there twice
     model: str | None = None  # folder or hub id; for late null: the student; for listwise an endpoint's name
     max_tokens: int = 512  # of a pair, template included
-    template: str | None = None  # of seq2seq and yes_no, with {query}, {passage}, {instruction}; null: its own
+    template: str | None = (
+        None  # of seq2seq and yes_no, with {query}, {passage}, {instruction}; null: its own
+    )
     instruction: str | None = None  # what stands for {instruction}; null: the kind's own
     tokens: list[str] | None = None  # one: its logit; two: their difference; null: the kind's own
     engine: str = "transformers"  # of yes_no: transformers | vllm
@@ -449,7 +451,8 @@ def _check_teacher(teacher: TeacherConfig) -> None:
             f"{where}.tokens: one token, whose logit is the score, or two, whose logits are subtracted",
         )
         need(
-            member.template is None or all(member.template.count(f"{{{key}}}") == 1 for key in ("query", "passage")),
+            member.template is None
+            or all(member.template.count(f"{{{key}}}") == 1 for key in ("query", "passage")),
             f"{where}.template: must hold {{query}} and {{passage}}, each once",
         )
         need(

@@ -48,7 +48,9 @@ class Pairs:
     passage_ids: list[str]
     queries: list[str]
     passages: list[str]
-    places: list[tuple[int, int]]  # of each query: part and row of the queries table; empty where there is none
+    places: list[
+        tuple[int, int]
+    ]  # of each query: part and row of the queries table; empty where there is none
 
 
 def run(context: Context, ranked: Ranked, depth: int) -> Stage:

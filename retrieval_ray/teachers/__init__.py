@@ -3,5 +3,15 @@
 Every kind is a class whose ``score(queries, passages)`` takes texts of equal number and gives float32
 scores in their order, neither squashed nor relative to a list. What a model cannot judge is found by
 ``pairs.judge``. Two teachers that need no model of their own, ``bm25`` and ``dense``, are looked up in the
-score stage; ``listwise`` orders a whole pool and stands apart for that.
+score stage.
 """
+
+from typing import Any
+
+from retrieval_ray.teachers.cross_encoder import CrossEncoder
+from retrieval_ray.teachers.late import Late
+
+KINDS: dict[str, Any] = {
+    "cross_encoder": CrossEncoder,
+    "late": Late,
+}

@@ -32,7 +32,7 @@ class Late:
         return [vectors_TD.half().float() for vectors_TD in vectors]
 
     def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:
-        """Mean over query tokens of the best passage token, by pair; pairs of one passage share its vectors."""
+        """Mean over query tokens of the best passage token; pairs of one passage share its vectors."""
         by_passage: dict[str, list[int]] = {}
         for at, passage in enumerate(passages):
             by_passage.setdefault(passage, []).append(at)

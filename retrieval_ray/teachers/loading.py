@@ -25,7 +25,10 @@ def load_tokenizer(model: str | Location, *, trust_remote_code: bool) -> Any:
 def load_model(
     auto: str, model: str | Location, *, device: str | None, trust_remote_code: bool, dtype: str = "float32"
 ) -> tuple[Any, torch.device]:
-    """A model by the name of its Auto class, dropout off. Raises ``UserError`` for one that cannot be loaded."""
+    """A model by the name of its Auto class, dropout off.
+
+    Raises ``UserError`` for one that cannot be loaded or lacks weights.
+    """
     import transformers
     from transformers.utils import logging
 
@@ -45,7 +48,9 @@ def load_model(
         raise UserError(f"{KEY}: cannot load '{path}': {type(error).__name__}: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:  # the library fills them with random numbers
-        raise UserError(f"{KEY}: '{path}' has no weights for {', '.join(missing[:3])}: not a model for this kind")
+        raise UserError(
+            f"{KEY}: '{path}' has no weights for {', '.join(missing[:3])}: not a model for this kind"
+        )
     return found.to(target).eval(), target
 
 

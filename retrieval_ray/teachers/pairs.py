@@ -61,9 +61,7 @@ def judge(score: Score, queries: Sequence[str], passages: Sequence[str]) -> tupl
     return scores, reasons
 
 
-def in_chunks(
-    lengths: Sequence[int], forward: Callable[[Indices], Tensor], *, token_budget: int
-) -> Scores:
+def in_chunks(lengths: Sequence[int], forward: Callable[[Indices], Tensor], *, token_budget: int) -> Scores:
     """``forward`` over rows sorted by length and cut by tokens; scores in the rows' own order.
 
     Where memory runs out, the budget is halved for the rest of this call. What was halved is forgotten

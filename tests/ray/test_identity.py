@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from retrieval_ray.artifacts import Location, Stage, stage
-from retrieval_ray.config import Config, DatasetConfig
+from retrieval_ray.config import EMBEDDED, Config, DatasetConfig, MemberConfig
 from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.model_files import Model
 from retrieval_ray.sources import Source
 from retrieval_ray.stages import encode, ingest, score
 from retrieval_ray.stages.collection import Collection, Ranked, extend
 from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.judges import Judge
 from retrieval_ray.stages.profile import Profile
 
 TEXTS = [f"passage number {n} on ba co di" for n in range(24)]
@@ -50,7 +51,13 @@ def names(context: Context, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
         monkeypatch.setattr(Context, "start", lambda *_: False)
         encoded = encode.run(run, Collection("small", "test", 1, corpus, None, others["queries"]))
         ranked = extend(encoded, Ranked, retrievers=("dense",), retrieved=others["retrieve"])
-        scored = score.run(run, ranked, None).scores | score.run(run, ranked, judge).scores
+        members = {kind: MemberConfig(kind=kind) for kind in EMBEDDED}
+        members["cross_encoder"] = run.config.teacher
+        judges = [
+            Judge(name, replace(member, kind=name), judge if name == "cross_encoder" else None)
+            for name, member in members.items()
+        ]
+        scored = score.run(run, ranked, judges).scores
         monkeypatch.undo()
         teachers = {name: str(done.identity["teacher"]) for name, done in scored.items()}
         return {
