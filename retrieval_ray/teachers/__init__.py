@@ -10,8 +10,12 @@ from typing import Any
 
 from retrieval_ray.teachers.cross_encoder import CrossEncoder
 from retrieval_ray.teachers.late import Late
+from retrieval_ray.teachers.seq2seq import Seq2Seq
+from retrieval_ray.teachers.yes_no import YesNo
 
 KINDS: dict[str, Any] = {
     "cross_encoder": CrossEncoder,
     "late": Late,
+    "seq2seq": Seq2Seq,
+    "yes_no": YesNo,
 }

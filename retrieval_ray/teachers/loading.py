@@ -1,8 +1,10 @@
 """Loads a teacher's tokenizer and model: safetensors only, on its device, ready to judge."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.errors import UserError
@@ -66,7 +68,7 @@ def longest_input(tokenizer: Any, model: Any, max_tokens: int) -> int:
     return min(limits)
 
 
-def token_ids(tokenizer: Any, tokens: list[str]) -> list[int]:
+def token_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     """The ids of tokens named as text. Raises ``UserError`` for a text that is not one token."""
     found = []
     for token in tokens:
@@ -76,3 +78,27 @@ def token_ids(tokenizer: Any, tokens: list[str]) -> list[int]:
             raise UserError(f"teacher.tokens: '{token}' is not one token of this model but {len(ids)}")
         found.append(int(ids[0]) if len(ids) == 1 else int(known))
     return found
+
+
+class TokenHead(torch.nn.Module):
+    """An output layer cut down to the tokens whose logits are asked for, in float32.
+
+    Of a language model's 150,000 logits one or two count, and in bfloat16 those of many passages would be
+    equal. What a model does with its logits afterwards (soft caps, scales) stays its own.
+    """
+
+    def __init__(self, head: Any, tokens: Sequence[int]) -> None:
+        super().__init__()
+        self.weight_TD = torch.nn.Parameter(head.weight[list(tokens)].detach().float(), requires_grad=False)
+        bias = getattr(head, "bias", None)
+        self.bias_T = None if bias is None else bias[list(tokens)].detach().float()
+
+    def forward(self, hidden_NLD: Tensor) -> Tensor:
+        """logits_NLT. A product and a sum, which autocast leaves in float32."""
+        logits_NLT = (hidden_NLD.float().unsqueeze(-2) * self.weight_TD).sum(dim=-1)
+        return logits_NLT if self.bias_T is None else logits_NLT + self.bias_T
+
+
+def difference(logits_NT: Tensor) -> Tensor:
+    """The one token's logit, or the first's less the second's."""
+    return logits_NT[:, 0] if logits_NT.shape[1] == 1 else logits_NT[:, 0] - logits_NT[:, 1]
