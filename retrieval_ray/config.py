@@ -140,7 +140,7 @@ class MemberConfig:
     kind: str = "cross_encoder"  # late | bm25 | dense | cross_encoder | seq2seq | yes_no | listwise
     name: str | None = None  # what teacher.weights calls it; null: its kind, numbered where it is there twice
     model: str | None = None  # folder or hub id; for late null: the student; for listwise an endpoint's name
-    max_tokens: int = 512  # of a pair, template included
+    max_tokens: int = 512  # of a pair, template included; of a listwise teacher's reply
     template: str | None = (
         None  # of seq2seq and yes_no, with {query}, {passage}, {instruction}; null: its own
     )
@@ -243,6 +243,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    pairs: str | None = None  # what jobs/score.py judges: a TREC run, or a table as jsonl or parquet
     seed: int = 0
     output_dir: str = "out/run"
     store: str | None = None  # null: inside output_dir

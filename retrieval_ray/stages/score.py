@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from retrieval_ray import teachers
+from retrieval_ray import schema, teachers
 from retrieval_ray.artifacts import Location, Stage, part_name, stage
 from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.errors import UserError
@@ -19,10 +21,13 @@ from retrieval_ray.progress import say
 from retrieval_ray.stages import pool, query_tokens
 from retrieval_ray.stages.collection import Judged, Ranked, extend
 from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.given import Given
 from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
 from retrieval_ray.stages.lookup import Bm25Scorer, DenseScorer
 from retrieval_ray.stages.parts import PartWorker, run_parts
 from retrieval_ray.stages.pool import Pairs
+from retrieval_ray.stages.score_lists import ListScorer, PooledByQuery
+from retrieval_ray.stages.score_vllm import VllmYesNo
 from retrieval_ray.stages.scores import rejects_name, row_count, write_part
 from retrieval_ray.teachers.pairs import judge as judge_pairs
 
@@ -57,31 +62,91 @@ def _judged(context: Context, judge: Judge, ranked: Ranked) -> Stage:
     if judge.kind == "dense":
         arguments = {"teacher_id": teacher, "ranked": ranked, "pairs": pairs, "target": target}
         return score_parts(context, label, DenseScorer, arguments, target, teacher, parts)
+    if judge.kind == "listwise":
+        lists = PooledByQuery(ranked, pairs, depth)
+        parts = int(ranked.queries.manifest()["buckets"])
+        return score_with_model(context, label, judge, teacher, lists, target, parts)
     tokens = query_tokens.run(context, judge, ranked.queries) if judge.kind == "late" else None
-    arguments = model_arguments(context, judge, teacher, Pooled(pairs, ranked.corpus), target, parts, tokens)
-    return score_parts(context, label, Scorer, arguments, target, teacher, parts)
+    source = Pooled(pairs, ranked.corpus)
+    return score_with_model(context, label, judge, teacher, source, target, parts, tokens)
 
 
-def model_arguments(
+def of_pairs(context: Context, judge: Judge, pairs: Stage) -> Stage:
+    """Have a model judge the given pairs of a pairs stage."""
+    teacher = teacher_id(context, judge, None)
+    identity = {
+        "version": VERSION,
+        "teacher": teacher,
+        "pairs": pairs.content(),
+        "profile": context.profile.numeric(),
+    }
+    target = stage(context.store, f"score-{judge.kind}", identity)
+    label = f"teacher: {judge.name}"
+    if not context.start(target, label):
+        return target
+    parts = int(pairs.manifest()["buckets"])
+    return score_with_model(context, label, judge, teacher, Given(pairs), target, parts)
+
+
+def gather(output: Location, stages: dict[str, Stage], pairs: list[Stage]) -> dict[str, Any]:
+    """Write scores.parquet and rejects.parquet of these stages and, last, scores.json; returns that."""
+    (output / "scores.json").remove()
+    rejects = [stage.read("rejects.parquet") for stage in pairs[:1]]
+    filesystem = output.filesystem
+    filesystem.create_dir(output.path, recursive=True)
+    rows = 0
+    with filesystem.open_output_stream((output / "scores.parquet").path) as stream:
+        with pq.ParquetWriter(stream, schema.TABLES["scores"], compression="zstd") as writer:
+            for judged in stages.values():
+                for name in judged.parts():  # part by part: the whole may be larger than memory
+                    if name.startswith("scores-"):
+                        table = judged.read(name)
+                        writer.write_table(table)
+                        rows += table.num_rows
+                    else:
+                        rejects.append(judged.read(name))
+    rejected = pa.concat_tables(rejects)
+    (output / "rejects.parquet").write_table(rejected)
+    reasons = Counter(rejected.column("reason").to_pylist())
+    manifests = {name: judged.manifest() for name, judged in stages.items()}
+    keys = ("teacher", "rows", "rows_this_run", "from_cache", "seconds", "rows_per_second", "versions")
+    facts: dict[str, Any] = {
+        "rows": rows,
+        "rejects": rejected.num_rows,
+        "rejected": dict(reasons),
+        "teachers": {name: {key: manifest[key] for key in keys} for name, manifest in manifests.items()},
+        "config": next(iter(manifests.values()))["config"],
+    }
+    (output / "scores.json").write_json(facts)
+    return facts
+
+
+def score_with_model(
     context: Context,
+    label: str,
     judge: Judge,
     teacher: str,
     source: "PairSource",
     target: Stage,
     parts: int,
     tokens: Stage | None = None,
-) -> dict[str, Any]:
-    """What a ``Scorer`` needs."""
-    return {
+) -> Stage:
+    """Have a model judge the pairs of ``source``, in so many parts, and finish the stage."""
+    arguments: dict[str, Any] = {
         "teacher_id": teacher,
-        "kind": judge.kind,
-        "arguments": arguments_of(context, judge),
         "source": source,
         "target": target,
         "store": context.store,
         "parts": parts,
-        "tokens": tokens,
     }
+    own = arguments_of(context, judge)
+    if judge.kind == "listwise":
+        windows = {"window": judge.config.window, "stride": judge.config.stride}
+        arguments |= {"endpoint": own, **windows}
+        return score_parts(context, label, ListScorer, arguments, target, teacher, parts)
+    engine = judge.config.engine if judge.config.engine != "transformers" else judge.kind
+    arguments |= {"engine": engine, "arguments": own, "tokens": tokens}
+    return score_parts(context, label, Scorer, arguments, target, teacher, parts)
 
 
 def score_parts(
@@ -128,11 +193,14 @@ def score_parts(
     return target
 
 
+_ENGINES = {**teachers.KINDS, "vllm": VllmYesNo}
+
+
 class PairSource(Protocol):
     """Where a scorer has its pairs from."""
 
     def read(self, number: int) -> Pairs:
-        """The pairs whose passage lies in part ``number``."""
+        """The pairs of part ``number``."""
         ...
 
 
@@ -153,19 +221,19 @@ class Scorer:
     def __init__(
         self,
         teacher_id: str,
-        kind: str,
-        arguments: dict[str, Any],
         source: PairSource,
         target: Stage,
         store: Location,
         parts: int,
+        engine: str,
+        arguments: dict[str, Any],
         tokens: Stage | None,
     ) -> None:
         self.teacher_id, self.source, self.target, self.parts = teacher_id, source, target, parts
         self.cache = ContentCache(store / "scores", teacher_id, SCORE)
         self.tokens = query_tokens.Stored(tokens) if tokens else None
         stored = {"query_tokens": self.tokens} if self.tokens else {}
-        self.teacher = teachers.KINDS[kind](**arguments, **stored)
+        self.teacher = _ENGINES[engine](**arguments, **stored)
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])

@@ -8,10 +8,6 @@ score is minus its rank. It depends on the whole pool, so such a score belongs t
 import re
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from retrieval_ray.teachers.pairs import Scores
-
 Messages = list[dict[str, str]]
 Ask = Callable[[list[Messages]], list[str | None]]  # prompts -> replies; None where there is none
 
@@ -44,14 +40,14 @@ def prompt(query: str, passages: Sequence[str], max_words: int = _MAX_WORDS) -> 
     return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": asked}]
 
 
-def parse_order(reply: str | None, count: int) -> list[int]:
+def parse_order(reply: str, count: int) -> list[int]:
     """The positions 0 .. count-1 in the order of a reply, repaired.
 
     Identifiers that are no passage and those that were named before are dropped; passages that are not
-    named follow in their present order. Without a reply the order stays. Numbers without brackets are
-    read where no bracket is there; of a model that thinks aloud only what follows its thoughts.
+    named follow in their present order. Numbers without brackets are read where no bracket is there; of a
+    model that thinks aloud only what follows its thoughts.
     """
-    text = (reply or "").rpartition("</think>")[2]
+    text = reply.rpartition("</think>")[2]
     named = re.findall(r"\[\s*(\d{1,6})\s*\]", text) or re.findall(r"\d{1,6}", text)
     valid = [int(number) - 1 for number in named if 1 <= int(number) <= count]
     return list(dict.fromkeys([*valid, *range(count)]))
@@ -59,43 +55,26 @@ def parse_order(reply: str | None, count: int) -> list[int]:
 
 def rank(
     ask: Ask, queries: Sequence[str], pools: Sequence[Sequence[str]], *, window: int, stride: int
-) -> list[list[int]]:
+) -> list[list[int] | None]:
     """Each query's pool in the model's order, as positions; the pools come in the order of retrieval.
 
-    All queries take their windows in step: one round asks for one window of each at once.
+    All queries take their windows in step: one round asks for one window of each at once. None for a
+    query of which some window got no reply.
     """
-    orders = [list(range(len(pool))) for pool in pools]
+    orders: list[list[int] | None] = [list(range(len(pool))) for pool in pools]
     plans = [windows(len(pool), window, stride) for pool in pools]
     for turn in range(max(map(len, plans), default=0)):
-        active = [n for n, plan in enumerate(plans) if turn < len(plan)]
-        spans = {n: plans[n][turn] for n in active}
-        replies = ask(
-            [prompt(queries[n], [pools[n][at] for at in orders[n][slice(*spans[n])]]) for n in active]
-        )
-        for n, reply in zip(active, replies, strict=True):
-            first, after = spans[n]
-            part = orders[n][first:after]
-            orders[n][first:after] = [part[at] for at in parse_order(reply, len(part))]
+        asked: list[tuple[int, int, list[int]]] = []  # query, first place of its window, who stands there
+        for n, plan in enumerate(plans):
+            order = orders[n]
+            if order is not None and turn < len(plan):
+                first, after = plan[turn]
+                asked.append((n, first, order[first:after]))
+        replies = ask([prompt(queries[n], [pools[n][at] for at in part]) for n, _, part in asked])
+        for (n, first, part), reply in zip(asked, replies, strict=True):
+            order = orders[n]
+            if reply is None or order is None:
+                orders[n] = None
+            else:
+                order[first : first + len(part)] = [part[at] for at in parse_order(reply, len(part))]
     return orders
-
-
-class Listwise:
-    """A rank-only teacher behind the call of the others: minus a passage's rank within its query's pool.
-
-    ask: answers prompts. The pairs of one query in a call are its pool, in the order of retrieval.
-    """
-
-    def __init__(self, ask: Ask, *, window: int = 20, stride: int = 10) -> None:
-        self.ask, self.window, self.stride = ask, window, stride
-
-    def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:
-        """-1 for the first of each pool, -2 for the second ..., in the order of the pairs."""
-        by_query: dict[str, list[int]] = {}
-        for at, query in enumerate(queries):
-            by_query.setdefault(query, []).append(at)
-        pools = [[passages[at] for at in places] for places in by_query.values()]
-        orders = rank(self.ask, list(by_query), pools, window=self.window, stride=self.stride)
-        scores = np.zeros(len(queries), dtype=np.float32)
-        for places, order in zip(by_query.values(), orders, strict=True):
-            scores[[places[at] for at in order]] = -np.arange(1, len(order) + 1)
-        return scores

@@ -2,12 +2,11 @@
 
 import re
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval_ray.teachers.listwise import Listwise, parse_order, prompt, rank, windows
+from retrieval_ray.teachers.listwise import parse_order, prompt, rank, windows
 
 
 @given(st.integers(0, 120), st.integers(2, 30), st.data())
@@ -38,7 +37,6 @@ def test_the_windows_of_rankgpt():
         ("[ 2 ], [1]", [1, 0, 2]),
         ("I cannot rank these.", [0, 1, 2]),
         ("", [0, 1, 2]),
-        (None, [0, 1, 2]),
         ("[99999999999999999999] > [2]", [1, 0, 2]),
     ],
 )
@@ -88,10 +86,15 @@ def test_the_best_of_a_pool_is_carried_to_its_top(pools, data):
     assert max(ask.shown) <= window
 
 
-def test_scores_are_ranks_within_each_querys_pool():
-    teacher = Listwise(Scripted(), window=4, stride=2)
-    queries = ["a", "b", "a", "b", "a"]
-    passages = [f"value {n}" for n in (3, 1, 9, 5, 4)]
-    scores = teacher.score(queries, passages)
-    assert scores.dtype == np.float32 and scores.tolist() == [-3, -2, -1, -1, -2]
-    assert teacher.score([], []).shape == (0,)
+def test_a_query_without_a_reply_has_no_order_and_the_others_have_theirs():
+    scripted = Scripted()
+
+    def ask(prompts):
+        return [
+            None if "broken" in m[-1]["content"] else reply
+            for m, reply in zip(prompts, scripted(prompts), strict=True)
+        ]
+
+    pools = [[f"value {n}" for n in range(9)]] * 2
+    orders = rank(ask, ["broken", "whole"], pools, window=4, stride=2)
+    assert orders[0] is None and sorted(orders[1] or []) == list(range(9))

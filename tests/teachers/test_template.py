@@ -1,6 +1,5 @@
 """Prompts in tokens: the text's own tokens, cut in the passage, then in the query, never at the end."""
 
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
