@@ -8,6 +8,7 @@ from torch import Tensor
 from retrieval_ray.artifacts import Location
 from retrieval_ray.batching import Indices
 from retrieval_ray.errors import UserError
+from retrieval_ray.teachers.first_token import read_first_token_alone
 from retrieval_ray.teachers.loading import KEY, load_model, load_tokenizer, longest_input
 from retrieval_ray.teachers.pairs import Scores, in_chunks, inference, padded
 
@@ -39,6 +40,7 @@ class CrossEncoder:
             raise UserError(
                 f"{KEY}: '{model}' has {self.model.config.num_labels} outputs; a teacher needs one"
             )
+        self.first_token_alone = read_first_token_alone(self.model)
         self.precision, self.token_budget = precision, token_budget
         self.max_tokens = longest_input(self.tokenizer, self.model, max_tokens)
         self.padding = self.tokenizer.pad_token_id or 0

@@ -10,6 +10,7 @@ from sentence_transformers import CrossEncoder as Peer
 
 from retrieval_ray.errors import UserError
 from retrieval_ray.teachers.cross_encoder import CrossEncoder
+from retrieval_ray.teachers.first_token import FirstTokenLayer, read_first_token_alone
 from retrieval_ray.teachers.pairs import judge
 
 
@@ -44,6 +45,32 @@ def test_scores_are_the_raw_logits_of_predict(folder, pairs):
     np.testing.assert_allclose(scores, expected, atol=1e-4)  # far below what was asked for
     assert scores.min() < 0 or scores.max() > 1  # not squashed
     assert np.std(scores) > 0.1  # the tiny models tell texts apart, or this test could not fail
+
+
+def test_the_last_layer_is_computed_for_the_first_token_where_that_changes_nothing(folder, pairs):
+    teacher = teacher_of(folder)
+    assert teacher.first_token_alone
+    layers = teacher.model.base_model.encoder.layer
+    assert isinstance(layers[-1], FirstTokenLayer)
+    scores = scores_of(teacher, pairs)
+    layers[-1] = layers[-1].layer
+    np.testing.assert_allclose(scores, scores_of(teacher, pairs), atol=1e-5)
+
+
+def test_a_model_whose_head_reads_other_tokens_stays_as_it_is(folder, pairs):
+    model = teacher_of(folder).model
+    layers = model.base_model.encoder.layer
+    layers[-1] = layers[-1].layer
+    hook = model.base_model.encoder.register_forward_hook(
+        lambda module, inputs, output: setattr(
+            output, "last_hidden_state", output.last_hidden_state.mean(dim=1, keepdim=True)
+        )
+    )
+    assert not read_first_token_alone(model)
+    assert not isinstance(layers[-1], FirstTokenLayer)
+    hook.remove()
+    model.config._attn_implementation = "eager"
+    assert not read_first_token_alone(model)
 
 
 def test_reduced_precision_stays_near(folder, pairs):
