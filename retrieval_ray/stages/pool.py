@@ -72,10 +72,13 @@ def run(context: Context, ranked: Ranked, depth: int) -> Stage:
     names = [part_name("pairs", number, "parquet") for number in range(len(files))]
     arguments = {"ranked": ranked, "depth": depth, "target": target}
     if target.missing([_INDEX]):
-        run_parts(context, f"{label}: index", _Indexer, arguments, [{}], gpus=False)
+        _write_index(ranked.corpus, target)
     missing = set(target.missing(names))
     todo = [{"number": n, "queries": files[n]} for n, name in enumerate(names) if name in missing]
-    run_parts(context, label, _Layer, arguments, todo, gpus=False)
+    if len(todo) == 1:  # done here sooner than a worker has started
+        _Layer(**arguments).run(todo[0])
+    else:
+        run_parts(context, label, _Layer, arguments, todo, gpus=False)
     rows = sum(pq.read_metadata(_open(target, name)).num_rows for name in names)
     context.finish(target, [_INDEX, *names], rows=rows)
     return target
@@ -126,6 +129,18 @@ def buckets_of(pool: Stage, passage_ids: list[str]) -> tuple[npt.NDArray[np.int6
     return position, buckets[first[position] + within]
 
 
+def _write_index(corpus: Stage, target: Stage) -> None:
+    """The part of the corpus of every passage, by the hash of its id."""
+    found = []
+    for number in range(int(corpus.manifest()["buckets"])):
+        table = corpus.read(part_name("corpus", number, "arrow"), ["passage_id"])
+        found.append(_hashes(table.column("passage_id").to_pylist()))
+    buckets = np.repeat(np.arange(len(found), dtype=np.uint32), [len(hashes) for hashes in found])
+    hashes = np.concatenate(found)
+    order = np.lexsort((buckets, hashes))
+    target.write(_INDEX, pa.table({"hash": hashes[order], "bucket": buckets[order]}))
+
+
 def _hashes(ids: list[str]) -> npt.NDArray[np.uint64]:
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in ids)
     return np.frombuffer(digests, dtype=np.uint64)
@@ -133,24 +148,6 @@ def _hashes(ids: list[str]) -> npt.NDArray[np.uint64]:
 
 def _open(target: Stage, name: str) -> Any:
     return target.folder.filesystem.open_input_file(f"{target.folder.path}/{name}")
-
-
-class _Indexer:
-    """Writes the part of the corpus of every passage, by the hash of its id."""
-
-    def __init__(self, ranked: Ranked, depth: int, target: Stage) -> None:
-        self.corpus, self.target = ranked.corpus, target
-
-    def run(self, part: dict[str, Any]) -> dict[str, Any]:
-        found = []
-        for number in range(int(self.corpus.manifest()["buckets"])):
-            table = self.corpus.read(part_name("corpus", number, "arrow"), ["passage_id"])
-            found.append(_hashes(table.column("passage_id").to_pylist()))
-        buckets = np.repeat(np.arange(len(found), dtype=np.uint32), [len(hashes) for hashes in found])
-        hashes = np.concatenate(found)
-        order = np.lexsort((buckets, hashes))
-        self.target.write(_INDEX, pa.table({"hash": hashes[order], "bucket": buckets[order]}))
-        return {}
 
 
 class _Layer:

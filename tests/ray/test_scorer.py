@@ -193,7 +193,7 @@ def ranked(tmp_path: Path) -> Ranked:
 
 def laid_out(ranked: Ranked, store: Path, depth: int, files: list[list[int]]) -> Stage:
     target = stage(Location.of(str(store)), "pool", {"files": files})
-    pool._Indexer(ranked, depth, target).run({})
+    pool._write_index(ranked.corpus, target)
     for number, parts in enumerate(files):
         pool._Layer(ranked, depth, target).run({"number": number, "queries": parts})
     target.finish(["index.arrow", *(part_name("pairs", n, "parquet") for n in range(len(files)))])
