@@ -7,7 +7,6 @@ This file is the pipeline; each line is a stage that reads tables and writes tab
 
 from retrieval_ray.artifacts import Stage
 from retrieval_ray.errors import UserError
-from retrieval_ray.model_files import Model
 from retrieval_ray.progress import say
 from retrieval_ray.sources import open_source
 from retrieval_ray.stages import (
@@ -28,6 +27,7 @@ from retrieval_ray.stages import (
 )  # fmt: skip
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.judges import judges_of
 
 
 def adapt(context: Context, until: str | None) -> str | None:
@@ -69,12 +69,8 @@ def pipeline(context: Context, until: str | None) -> str | None:
     ranked = [retrieve.run(context, each, config.retrieve.retrievers) for each in encoded]
     if until == "retrieve":
         return None
-    cross_encoder = (
-        Model.of(str(config.teacher.model), "teacher.model")
-        if config.teacher.kind == "cross_encoder"
-        else None
-    )
-    judged = [score.run(context, each, cross_encoder) for each in ranked]
+    judges = judges_of(context)  # found, or refused before any pair is judged
+    judged = [score.run(context, each, judges) for each in ranked]
     if until == "score":
         return None
     grouped = [group.run(context, each) for each in judged]

@@ -22,9 +22,13 @@ from retrieval_ray.selection import NEGATIVES
 ENGINES = ("vllm", "endpoint")
 SOURCES = ("log", "extractive", "llm")
 RETRIEVERS = ("dense", "bm25")
-TEACHERS = ("embedded", "cross_encoder")
 INDEXES = ("exact", "ivf", "ivfpq")
 MARGIN_SCORES = ("dense", "teacher")
+EMBEDDED = ("late", "bm25", "dense")  # teachers that need no model but the student
+MODELS = ("cross_encoder", "seq2seq", "yes_no", "listwise")  # teachers that need one of their own
+MEMBERS = (*EMBEDDED, *MODELS)
+TEACHERS = ("embedded", "ensemble", "late", *MODELS)
+TEACHER_ENGINES = ("transformers", "vllm")
 
 _TINY, _MANY = 1e-9, math.inf
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays allowed where it is
@@ -153,14 +157,50 @@ class RetrieveConfig:
 
 
 @dataclass
-class TeacherConfig:
-    kind: str = "embedded"  # embedded | cross_encoder
-    model: str | None = None  # the cross-encoder
-    weights: dict[str, float] | None = None  # late, bm25, dense; null: chosen on judged dev queries
+class MemberConfig:
+    """One teacher; ``teacher.members`` lists several."""
+
+    kind: str = "cross_encoder"  # late | bm25 | dense | cross_encoder | seq2seq | yes_no | listwise
+    name: str | None = None  # what teacher.weights calls it; null: its kind, numbered where it is there twice
+    model: str | None = None  # folder or hub id; for late null: the student; for listwise an endpoint's name
+    max_tokens: int = 512  # of a pair, template included; of a listwise teacher's reply
+    template: str | None = (
+        None  # of seq2seq and yes_no, with {query}, {passage}, {instruction}; null: its own
+    )
+    instruction: str | None = None  # what stands for {instruction}; null: the kind's own
+    tokens: list[str] | None = None  # one: its logit; two: their difference; null: the kind's own
+    engine: str = "transformers"  # of yes_no: transformers | vllm
+    vllm: dict[str, Any] = field(default_factory=dict)  # its engine arguments
+    url: str | None = None  # of the endpoint of a listwise teacher; the rest of it as in llm
+    window: int = 20  # passages that a listwise teacher orders at a time
+    stride: int = 10  # by which its window moves, from the back to the front
+    trust_remote_code: bool = False
+
+
+@dataclass
+class TeacherConfig(MemberConfig):
+    """The teacher: a kind of ``MemberConfig``, or ``embedded`` (late, bm25, dense), or ``ensemble``."""
+
+    kind: str = "embedded"  # embedded | ensemble | late | cross_encoder | seq2seq | yes_no | listwise
+    members: list[MemberConfig] = field(default_factory=list)  # of an ensemble
+    weights: dict[str, float] | None = None  # by name; null: chosen on judged dev queries
     depth: int = 50  # passages of the fused run that are judged
     gate: bool = True  # false: train even where the teacher is worse than the student
-    max_tokens: int = 512  # of a cross-encoder's pair
-    trust_remote_code: bool = False
+
+    def named(self) -> dict[str, MemberConfig]:
+        """Every single teacher by its name, in the order given."""
+        if self.kind == "embedded":
+            return {kind: MemberConfig(kind=kind) for kind in EMBEDDED}
+        members = self.members if self.kind == "ensemble" else [self]
+        found: dict[str, MemberConfig] = {}
+        for member in members:
+            name, count = member.name or member.kind, 2
+            while name in found and not member.name:
+                name, count = f"{member.kind}-{count}", count + 1
+            if name in found:
+                raise UserError(f"teacher.members: two of them are named '{name}'")
+            found[name] = member
+        return found
 
 
 @dataclass
@@ -263,6 +303,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     reranker: RerankerConfig = field(default_factory=RerankerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    pairs: str | None = None  # what jobs/score.py judges: a TREC run, or a table as jsonl or parquet
     seed: int = 0
     output_dir: str = "out/run"
     store: str | None = None  # null: inside output_dir
@@ -320,6 +361,9 @@ def to_dict(config: object) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+_LISTED = {"datasets": DatasetConfig, "members": MemberConfig}
+
+
 def _reject_unknown(given: Any, schema: Any, prefix: str) -> None:
     if not isinstance(given, dict):
         return
@@ -340,9 +384,9 @@ def _reject_unknown(given: Any, schema: Any, prefix: str) -> None:
         elif prefix + key == "retrieve.models" and isinstance(value, dict):
             for name, entry in value.items():
                 _reject_unknown(entry, StudentConfig, f"retrieve.models.{name}.")
-        elif key == "datasets" and isinstance(value, list):
+        elif key in _LISTED and isinstance(value, list):
             for number, entry in enumerate(value):
-                _reject_unknown(entry, DatasetConfig, f"datasets[{number}].")
+                _reject_unknown(entry, _LISTED[key], f"{prefix}{key}[{number}].")
 
 
 def _with_models(plain: Any) -> Any:
@@ -400,14 +444,7 @@ def _check_values(config: Config) -> None:
         len(set(config.retrieve.retrievers)) == len(config.retrieve.retrievers),
         "retrieve.retrievers: each only once",
     )
-    need(
-        config.teacher.kind != "cross_encoder" or bool(config.teacher.model),
-        "teacher.model: a cross_encoder teacher needs a model (folder or hub id)",
-    )
-    need(
-        set(config.teacher.weights or {}) <= {"late", "bm25", "dense"},
-        "teacher.weights: the embedded teachers are late, bm25 and dense",
-    )
+    _check_teacher(config.teacher)
     need(
         config.reranker.skip < config.reranker.pool <= config.retrieve.depth,
         "reranker.pool: must be more than reranker.skip and at most retrieve.depth",
@@ -461,11 +498,6 @@ def _check_values(config: Config) -> None:
         "llm.kinds: numbers of queries per passage must not be negative, and one must be more than 0",
     )
     need(config.seed >= 0, "seed: must not be negative")
-    weights = config.teacher.weights
-    need(
-        weights is None or (min(weights.values(), default=0) >= 0 and sum(weights.values()) > 0),
-        "teacher.weights: must not be negative, and one must be more than 0",
-    )
     for number, corpus in enumerate(config.corpora()):
         where = f"datasets[{number}]" if config.datasets else "dataset"
         need(
@@ -478,3 +510,64 @@ def _check_values(config: Config) -> None:
                 number_like and 0 < float(share) <= 1,
                 f"{where}.{key}: the share after ':' must lie in (0, 1]",
             )
+
+
+def _check_teacher(teacher: TeacherConfig) -> None:
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    need(
+        bool(teacher.members) == (teacher.kind == "ensemble"),
+        "teacher.members: an ensemble needs them"
+        if teacher.kind == "ensemble"
+        else "teacher.members: they are read of teacher.kind=ensemble alone",
+    )
+    need(
+        not teacher.model or teacher.kind not in ("embedded", "ensemble"),
+        f"teacher.model: not read of teacher.kind={teacher.kind}; name a kind of model, like cross_encoder",
+    )
+    named = teacher.named()
+    for number, member in enumerate(named.values()):
+        where = f"teacher.members[{number}]" if teacher.kind == "ensemble" else "teacher"
+        need(
+            member.kind in MEMBERS,
+            f"{where}.kind: '{member.kind}' is not one of {', '.join(MEMBERS)}",
+        )
+        need(
+            member.kind not in MODELS or bool(member.model),
+            f"{where}.model: a {member.kind} teacher needs a model (folder or hub id)",
+        )
+        need(member.max_tokens >= 1, f"{where}.max_tokens: must be at least 1")
+        need(
+            member.engine in TEACHER_ENGINES,
+            f"{where}.engine: '{member.engine}' is not one of {', '.join(TEACHER_ENGINES)}",
+        )
+        need(
+            member.engine == "transformers" or member.kind == "yes_no",
+            f"{where}.engine: only a yes_no teacher runs on vllm",
+        )
+        need(
+            member.tokens is None or len(member.tokens) in (1, 2),
+            f"{where}.tokens: one token, whose logit is the score, or two, whose logits are subtracted",
+        )
+        need(
+            member.template is None
+            or all(member.template.count(f"{{{key}}}") == 1 for key in ("query", "passage")),
+            f"{where}.template: must hold {{query}} and {{passage}}, each once",
+        )
+        need(
+            member.kind != "listwise" or bool(member.url),
+            f"{where}.url: a listwise teacher needs an endpoint's address, like http://localhost:8000/v1",
+        )
+        need(
+            1 <= member.stride < member.window,
+            f"{where}.stride: must be at least 1 and less than window, or windows do not meet",
+        )
+    for name in teacher.weights or {}:
+        need(name in named, f"teacher.weights: '{name}' is not one of {', '.join(named)}")
+    weights = teacher.weights
+    need(
+        weights is None or (min(weights.values(), default=0) >= 0 and sum(weights.values()) > 0),
+        "teacher.weights: must not be negative, and one must be more than 0",
+    )

@@ -25,7 +25,8 @@ class Endpoint:
     (model, temperature, max_tokens ...), over a seed of its own; None leaves a field out. key_variable: the
     environment variable that holds the key; the key goes into no message. concurrency: requests in flight.
     retries: further attempts after a status that may pass (429, 5xx, ...), a timeout or a lost connection;
-    the wait doubles from half a second, is jittered, and obeys ``Retry-After`` (up to a minute).
+    the wait doubles from half a second, is jittered, and obeys ``Retry-After`` (up to a minute). section:
+    the part of the config that messages name.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Endpoint:
         concurrency: int,
         timeout_seconds: float,
         retries: int,
+        section: str = "llm",
     ) -> None:
         self.url, self.body = f"{url.rstrip('/')}/chat/completions", dict(body)
         self.key_variable, self.concurrency = key_variable, concurrency
         self.timeout, self.retries = aiohttp.ClientTimeout(total=timeout_seconds), retries
+        self.section = section
         self.reached = False  # whether anything ever answered at this address
 
     async def replies(self, requests: Iterable[Request]) -> AsyncIterator[Reply]:
@@ -100,11 +103,13 @@ class Endpoint:
                         break
                     retry_after = response.headers.get("Retry-After")
             except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
-                raise UserError(f"llm.url: not an address: {self.url} ({error})") from None
+                raise UserError(f"{self.section}.url: not an address: {self.url} ({error})") from None
             except (TimeoutError, aiohttp.ClientError) as error:
                 problem = f"{type(error).__name__}: {error}".rstrip(": ")
                 if last and not self.reached and isinstance(error, aiohttp.ClientConnectorError):
-                    raise UserError(f"{self.url}: {problem}; check llm.url, and that it is up") from None
+                    raise UserError(
+                        f"{self.url}: {problem}; check {self.section}.url, and that it is up"
+                    ) from None
             except (ValueError, OverflowError, RecursionError) as error:  # not JSON, or not that of a reply
                 problem = self._without_key(f"unreadable reply: {error}")[:300]
             if not last:
@@ -123,7 +128,11 @@ class Endpoint:
         key = f"the key in the environment variable {self.key_variable}"
         if not self._key():
             key += " (it is not set)"
-        what = f"check {key}" if status in (401, 402, 403) else "check llm.url and llm.model"
+        what = (
+            f"check {key}"
+            if status in (401, 402, 403)
+            else f"check {self.section}.url and {self.section}.model"
+        )
         return f"{self.url}: {problem}; {what}"
 
 

@@ -34,7 +34,7 @@ def by_revision(name: str, key: str) -> Model:
 
     For models that the driver has no use for itself, like an LLM of many gigabytes.
     """
-    if Path(name).is_dir() or "://" in name:
+    if hub_id(name) is None:
         return Model.of(name, key)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

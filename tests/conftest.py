@@ -132,3 +132,39 @@ def make_cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 def cross_encoder_folder(make_cross_encoder: Callable[..., str]) -> str:
     """A tiny cross-encoder with one output."""
     return make_cross_encoder(1)
+
+
+@pytest.fixture(scope="session")
+def roberta_cross_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny XLM-R cross-encoder: another tokenizer, another pair template, no token types."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import Unigram
+    from tokenizers.pre_tokenizers import Metaspace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("models") / "roberta"
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    pieces = [*special, *(f"▁{word}" for word in WORDS), "▁", *_CHARACTERS]
+    tokenizer = Tokenizer(Unigram([(piece, -float(n % 7)) for n, piece in enumerate(pieces)], unk_id=3))
+    tokenizer.pre_tokenizer = Metaspace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
+        pad_token="<pad>", unk_token="<unk>", model_input_names=["input_ids", "attention_mask"],
+        model_max_length=94,
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(2)
+    XLMRobertaForSequenceClassification(
+        XLMRobertaConfig(
+            vocab_size=len(pieces), hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=64, max_position_embeddings=96, initializer_range=0.3, num_labels=1,
+            type_vocab_size=1,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)

@@ -307,7 +307,7 @@ def test_a_value_of_the_wrong_type_names_its_key(path: Path, override: str) -> N
         ("llm.sample=best", ["uniform", "length", "title"]),
         ("llm.kinds={riddle: 1}", list(KINDS)),
         ("retrieve.retrievers=[dense,colbert]", ["dense", "bm25"]),
-        ("teacher.kind=oracle", ["embedded", "cross_encoder"]),
+        ("teacher.kind=oracle", ["embedded", "ensemble", "cross_encoder", "seq2seq", "yes_no", "listwise"]),
         ("evaluate.systems=[bm25,human]", ["bm25", "teacher"]),
         ("compute.precision=float16", ["float32", "bfloat16"]),
         ("teacher.weights.splade=1", ["late", "bm25", "dense"]),
@@ -452,3 +452,52 @@ def test_further_dense_retrievers_by_name_or_with_keys_of_their_own(tmp_path):
                 str(path),
                 [f"retrieve.models.{name}=some/model", f"retrieve.retrievers=[dense,gte,bge,{name}]"],
             )
+
+
+# --- teachers -----------------------------------------------------------------------------------
+
+
+def test_one_teacher_several_and_the_embedded_ones_by_name(path: Path) -> None:
+    assert list(load(str(path)).teacher.named()) == ["late", "bm25", "dense"]
+    alone = load(
+        str(path), ["teacher.kind=yes_no", "teacher.model=x", "teacher.max_tokens=99"]
+    ).teacher.named()
+    assert list(alone) == ["yes_no"] and alone["yes_no"].max_tokens == 99
+    path.write_text(
+        "teacher:\n  kind: ensemble\n  weights: {cross_encoder: 1, small: 2}\n  members:\n"
+        "  - {model: a}\n  - {model: b}\n  - {model: c, name: small, max_tokens: 64}\n  - {kind: bm25}\n"
+    )
+    named = load(str(path)).teacher.named()
+    assert list(named) == ["cross_encoder", "cross_encoder-2", "small", "bm25"]
+    assert [member.model for member in named.values()] == ["a", "b", "c", None]
+    assert named["small"].max_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("kind: ensemble", "teacher.members"),
+        ("kind: cross_encoder, model: x, members: [{kind: late}]", "teacher.members"),
+        ("kind: ensemble, members: [{kind: oracle}]", "teacher.members[0].kind"),
+        ("kind: ensemble, members: [{kind: late}, {kind: seq2seq}]", "teacher.members[1].model"),
+        ("kind: ensemble, members: [{kind: late}, {kind: late, name: late}]", "two of them are named 'late'"),
+        ("kind: ensemble, members: [{kind: late, modell: x}]", "teacher.members[0].modell"),
+        ("kind: ensemble, members: [{kind: late}], weights: {dense: 1}", "teacher.weights"),
+        ("kind: ensemble, members: [{kind: late}], model: x", "teacher.model"),
+        ("model: x", "teacher.model"),
+        ("kind: yes_no", "teacher.model"),
+        ("kind: cross_encoder, model: x, engine: vllm", "teacher.engine"),
+        ("kind: yes_no, model: x, engine: oracle", "teacher.engine"),
+        ("kind: yes_no, model: x, tokens: [a, b, c]", "teacher.tokens"),
+        ("kind: yes_no, model: x, tokens: []", "teacher.tokens"),
+        ("kind: yes_no, model: x, template: 'only {query}'", "teacher.template"),
+        ("kind: listwise, model: x", "teacher.url"),
+        ("kind: listwise, model: x, url: 'http://x', window: 5, stride: 5", "teacher.stride"),
+        (
+            "kind: ensemble, members: [{kind: cross_encoder, model: x, max_tokens: 0}]",
+            "teacher.members[0].max_tokens",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_teacher_is_named(path: Path, text: str, key: str) -> None:
+    assert key in error_of(path, text=f"teacher: {{{text}}}\n")

@@ -17,7 +17,7 @@ PACKAGE = "retrieval_ray"
 BASE = {"schema", "errors"}
 MIDDLE = {
     "student",
-    "teacher",
+    "teachers",
     "step",
     "fit",
     "plots",

@@ -107,7 +107,9 @@ def _teacher_run(
     runs = {}
     for query_id, ranking in rankings_of(grouped.retrieved, FUSED).items():
         if query_id in qrels:
-            order = gate.rerank(pools[query_id], weights) + [p for p, _ in ranking[depth:]]
+            order = gate.rerank(pools[query_id], weights)
+            pooled = set(order)
+            order += [p for p, _ in ranking if p not in pooled]
             runs[query_id] = [(p, float(len(order) - n)) for n, p in enumerate(order)]
     return runs
 

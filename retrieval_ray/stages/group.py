@@ -19,11 +19,10 @@ from retrieval_ray.stages.collection import Grouped, Judged, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.queries import qrels_of, queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
-from retrieval_ray.stages.score import scores_of
+from retrieval_ray.stages.scores import scores_of
 
 VERSION = 3
 _SHOWN = 5  # samples of each reason
-EQUAL_WEIGHTS = {"late": 1 / 3, "bm25": 1 / 3, "dense": 1 / 3}
 
 
 def run(context: Context, judged: Judged) -> Grouped:
@@ -100,7 +99,10 @@ def may_train(context: Context, grouped: Grouped) -> bool:
 
 
 def judged_pools(judged: Judged, depth: int) -> dict[str, gate.JudgedPool]:
-    """Each query's pool in the order of the fused ranking, with each teacher's raw scores."""
+    """Each query's pool in the order of the fused ranking, with each teacher's raw scores.
+
+    A passage that some teacher could not judge is in no pool.
+    """
     return _pools(judged, scores_of(judged), depth)
 
 
@@ -109,7 +111,7 @@ def _pools(
 ) -> dict[str, gate.JudgedPool]:
     pools = {}
     for query_id, ranking in rankings_of(judged.retrieved, FUSED).items():
-        passages = [p for p, _ in ranking[:depth]]
+        passages = [p for p, _ in ranking[:depth] if all((query_id, p) in s for s in raw.values())]
         pools[query_id] = gate.JudgedPool(
             passages,
             {
@@ -122,12 +124,13 @@ def _pools(
 
 def _verdict(context: Context, judged: Judged, pools: dict[str, gate.JudgedPool]) -> gate.Verdict:
     config = context.config
-    embedded = config.teacher.kind == "embedded"
-    fixed = config.teacher.weights if embedded else {"cross_encoder": 1.0}
+    names = list(judged.scores)
+    equal = dict.fromkeys(names, 1 / len(names))
+    fixed = config.teacher.weights or (equal if len(names) == 1 else None)
     qrels = qrels_of(judged.queries, "dev")
     if not qrels:
         say("  no judged dev queries: the teacher is unproven on this corpus")
-        return gate.unproven(fixed or EQUAL_WEIGHTS)
+        return gate.unproven(fixed or equal)
     dense = rankings_of(judged.retrieved, "dense")
     student = {q: [p for p, _ in dense[q]] for q in qrels.keys() & dense.keys()}
     empty = gate.JudgedPool([], {t: np.zeros(0) for t in next(iter(pools.values())).teachers})

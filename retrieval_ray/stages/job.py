@@ -22,6 +22,7 @@ from retrieval_ray.stages import cluster
 from retrieval_ray.stages.context import STAGES, Context
 from retrieval_ray.stages.profile import resolve
 
+_RESULTS = ("metrics.json", "scores.json")  # written last by the jobs that have results
 _EXECUTION_KEYS = ("output_dir", "store", "compute")
 _USER_ERROR = re.compile(r"retrieval_ray\.errors\.UserError: (.+)")
 _NO_SPACE = "No space left on device"
@@ -83,7 +84,7 @@ def open_run(config: Config, *, dry_run: bool) -> Context:
     record = output / "run.json"
     known: dict[str, Any] = record.read_json() if record.exists() else {}
     # A run that never finished may be corrected; results are never overwritten by another run's.
-    finished = (output / "metrics.json").exists()
+    finished = any((output / name).exists() for name in _RESULTS)
     if known and finished and known["run"] != digest(identity):
         changed = sorted(_differences(known["config"], identity))
         raise UserError(

@@ -8,7 +8,7 @@ from retrieval_ray import trust
 from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.stages.collection import Judged
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.score import scores_of
+from retrieval_ray.stages.scores import scores_of
 
 
 def run(context: Context, judged: Judged) -> list[dict[str, Any]]:

@@ -1,267 +1,263 @@
 """The score stage: each teacher judges every pooled (query, passage) pair once, raw.
 
-The pool of a query is the head of its fused ranking. Model teachers work by bucket of the passage
-text, so a passage is encoded once however many queries it is judged for; dense and BM25 scores are
-looked up by part of queries.
+Model teachers work by part of the corpus, so a passage is encoded once however many queries it is judged
+for, and what they once judged is kept by content for every run of the store. What they cannot judge goes
+to rejects: such a pair is in no pool. dense and BM25 scores are looked up (lookup.py).
 """
 
-from collections import defaultdict
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from retrieval_ray import bm25, schema
+from retrieval_ray import schema, teachers
 from retrieval_ray.artifacts import Location, Stage, part_name, stage
 from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.errors import UserError
-from retrieval_ray.model_files import Model
-from retrieval_ray.runs import exact_dot
+from retrieval_ray.progress import say
+from retrieval_ray.stages import pool, query_tokens
 from retrieval_ray.stages.collection import Judged, Ranked, extend
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.encode import Vectors, part_texts, student_arguments, student_identity
-from retrieval_ray.stages.parts import run_parts
-from retrieval_ray.stages.queries import queries_table
-from retrieval_ray.stages.retrieve import FUSED, bm25_of
-from retrieval_ray.student import Student
-from retrieval_ray.teacher import CrossEncoderTeacher, late_interaction
+from retrieval_ray.stages.given import Given
+from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
+from retrieval_ray.stages.lookup import Bm25Scorer, DenseScorer
+from retrieval_ray.stages.parts import PartWorker, run_parts
+from retrieval_ray.stages.pool import Pairs
+from retrieval_ray.stages.score_lists import ListScorer, PooledByQuery
+from retrieval_ray.stages.score_vllm import VllmYesNo
+from retrieval_ray.stages.scores import rejects_name, row_count, write_part
+from retrieval_ray.teachers.pairs import judge as judge_pairs
 
-VERSION = 1
-EMBEDDED = ("late", "bm25", "dense")
-
-
-def run(context: Context, ranked: Ranked, cross_encoder: Model | None) -> Judged:
-    """Have every teacher judge the pools: one score stage per teacher, by its short name."""
-    teachers = ("cross_encoder",) if cross_encoder is not None else EMBEDDED
-    return extend(
-        ranked,
-        Judged,
-        scores={teacher: _run_teacher(context, teacher, ranked, cross_encoder) for teacher in teachers},
-    )
+VERSION = 2
 
 
-def _run_teacher(context: Context, teacher: str, ranked: Ranked, cross_encoder: Model | None) -> Stage:
-    label = f"teacher on '{ranked.name}': {teacher}"
-    config = context.config.teacher
-    teacher_id = _teacher_id(context, teacher, ranked.corpus, cross_encoder)
+def run(context: Context, ranked: Ranked, judges: list[Judge]) -> Judged:
+    """Have every teacher judge the pools: one score stage per teacher, by its name."""
+    return extend(ranked, Judged, scores={judge.name: _judged(context, judge, ranked) for judge in judges})
+
+
+def _judged(context: Context, judge: Judge, ranked: Ranked) -> Stage:
+    label = f"teacher on '{ranked.name}': {judge.name}"
+    depth = context.config.teacher.depth
+    teacher = teacher_id(context, judge, ranked.corpus)
     identity = {
         "version": VERSION,
-        "teacher": teacher_id,
+        "teacher": teacher,
         "retrieved": ranked.retrieved.content(),
-        "depth": config.depth,
+        "depth": depth,
         "profile": context.profile.numeric(),
     }
-    target = stage(context.store, f"score-{teacher}", identity)
+    target = stage(context.store, f"score-{judge.kind}", identity)
     if not context.start(target, label):
         return target
-    by_passage = teacher in ("late", "cross_encoder")
-    buckets = int((ranked.corpus if by_passage else ranked.queries).manifest()["buckets"])
-    names = [part_name("scores", number, "parquet") for number in range(buckets)]
-    missing = set(target.missing(names))
+    if judge.kind == "bm25":
+        arguments = {"teacher_id": teacher, "ranked": ranked, "depth": depth, "target": target}
+        parts = int(ranked.queries.manifest()["buckets"])
+        return score_parts(context, label, Bm25Scorer, arguments, target, teacher, parts)
+    pairs = pool.run(context, ranked, depth)
+    parts = int(ranked.corpus.manifest()["buckets"])
+    if judge.kind == "dense":
+        arguments = {"teacher_id": teacher, "ranked": ranked, "pairs": pairs, "target": target}
+        return score_parts(context, label, DenseScorer, arguments, target, teacher, parts)
+    if judge.kind == "listwise":
+        lists = PooledByQuery(ranked, pairs, depth)
+        parts = int(ranked.queries.manifest()["buckets"])
+        return score_with_model(context, label, judge, teacher, lists, target, parts)
+    tokens = query_tokens.run(context, judge, ranked.queries) if judge.kind == "late" else None
+    source = Pooled(pairs, ranked.corpus)
+    return score_with_model(context, label, judge, teacher, source, target, parts, tokens)
+
+
+def of_pairs(context: Context, judge: Judge, pairs: Stage) -> Stage:
+    """Have a model judge the given pairs of a pairs stage."""
+    teacher = teacher_id(context, judge, None)
+    identity = {
+        "version": VERSION,
+        "teacher": teacher,
+        "pairs": pairs.content(),
+        "profile": context.profile.numeric(),
+    }
+    target = stage(context.store, f"score-{judge.kind}", identity)
+    label = f"teacher: {judge.name}"
+    if not context.start(target, label):
+        return target
+    parts = int(pairs.manifest()["buckets"])
+    return score_with_model(context, label, judge, teacher, Given(pairs), target, parts)
+
+
+def gather(output: Location, stages: dict[str, Stage], pairs: list[Stage]) -> dict[str, Any]:
+    """Write scores.parquet and rejects.parquet of these stages and, last, scores.json; returns that."""
+    (output / "scores.json").remove()
+    rejects = [stage.read("rejects.parquet") for stage in pairs[:1]]
+    filesystem = output.filesystem
+    filesystem.create_dir(output.path, recursive=True)
+    rows = 0
+    with filesystem.open_output_stream((output / "scores.parquet").path) as stream:
+        with pq.ParquetWriter(stream, schema.TABLES["scores"], compression="zstd") as writer:
+            for judged in stages.values():
+                for name in judged.parts():  # part by part: the whole may be larger than memory
+                    if name.startswith("scores-"):
+                        table = judged.read(name)
+                        writer.write_table(table)
+                        rows += table.num_rows
+                    else:
+                        rejects.append(judged.read(name))
+    rejected = pa.concat_tables(rejects)
+    (output / "rejects.parquet").write_table(rejected)
+    reasons = Counter(rejected.column("reason").to_pylist())
+    manifests = {name: judged.manifest() for name, judged in stages.items()}
+    keys = ("teacher", "rows", "rows_this_run", "from_cache", "seconds", "rows_per_second", "versions")
+    facts: dict[str, Any] = {
+        "rows": rows,
+        "rejects": rejected.num_rows,
+        "rejected": dict(reasons),
+        "teachers": {name: {key: manifest[key] for key in keys} for name, manifest in manifests.items()},
+        "config": next(iter(manifests.values()))["config"],
+    }
+    (output / "scores.json").write_json(facts)
+    return facts
+
+
+def score_with_model(
+    context: Context,
+    label: str,
+    judge: Judge,
+    teacher: str,
+    source: "PairSource",
+    target: Stage,
+    parts: int,
+    tokens: Stage | None = None,
+) -> Stage:
+    """Have a model judge the pairs of ``source``, in so many parts, and finish the stage."""
     arguments: dict[str, Any] = {
-        "teacher_id": teacher_id, "ranked": ranked, "depth": config.depth, "target": target,
-    }  # fmt: skip
-    worker: type[_ModelScorer] | type[_LookupScorer]
-    if by_passage:
-        worker = _ModelScorer
-        arguments |= {
-            "store": context.store,
-            "buckets": buckets,
-            "late": student_arguments(context) if teacher == "late" else None,
-            "cross_encoder": None
-            if cross_encoder is None
-            else {
-                "model": cross_encoder.source,
-                "max_tokens": config.max_tokens,
-                "device": context.profile.device,
-                "trust_remote_code": config.trust_remote_code,
-            },
-            "token_budget": context.profile.token_budget,
-        }
-    else:
-        worker = _LookupScorer
-        arguments |= {"teacher": teacher}
-    facts = run_parts(
-        context,
-        label,
-        worker,
-        arguments,
-        [{"number": n} for n, name in enumerate(names) if name in missing],
-    )
+        "teacher_id": teacher,
+        "source": source,
+        "target": target,
+        "store": context.store,
+        "parts": parts,
+    }
+    own = arguments_of(context, judge)
+    if judge.kind == "listwise":
+        windows = {"window": judge.config.window, "stride": judge.config.stride}
+        arguments |= {"endpoint": own, **windows}
+        return score_parts(context, label, ListScorer, arguments, target, teacher, parts)
+    engine = judge.config.engine if judge.config.engine != "transformers" else judge.kind
+    arguments |= {"engine": engine, "arguments": own, "tokens": tokens}
+    return score_parts(context, label, Scorer, arguments, target, teacher, parts)
+
+
+def score_parts(
+    context: Context,
+    label: str,
+    worker: type[PartWorker],
+    arguments: dict[str, Any],
+    target: Stage,
+    teacher: str,
+    parts: int,
+) -> Stage:
+    """Run the missing parts of a score stage and write its manifest.
+
+    Raises ``UserError`` where no pair at all could be judged.
+    """
+    names = [part_name("scores", number, "parquet") for number in range(parts)]
+    missing = set(target.missing(names))
+    todo = [{"number": n} for n, name in enumerate(names) if name in missing]
+    facts = run_parts(context, label, worker, arguments, todo)
     judged, cached = (sum(f[key] for f in facts) for key in ("judged", "cached"))
-    pairs = sum(target.read(name, ["query_id"]).num_rows for name in names)
-    context.finish(target, names, rows=pairs, worked=judged, from_cache=cached, teacher=teacher_id)
+    there = set(target.folder.names())
+    rejects = [name for n in range(parts) if (name := rejects_name(n)) in there]
+    rejected = Counter(
+        reason for name in rejects for reason in target.read(name, ["reason"]).column("reason").to_pylist()
+    )
+    pairs = sum(row_count(target, name) for name in names)
+    if rejected and not pairs:
+        first = target.read(rejects[0]).to_pylist()[0]
+        raise UserError(
+            f"teacher {teacher}: no pair could be judged; the first, {first['id']}: {first['detail']}"
+        )
+    if rejected:
+        said = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common())
+        say(f"  warning: {rejected.total():,} pairs have no score ({said}); they stand in rejects")
+    context.finish(
+        target,
+        [*names, *rejects],
+        rows=pairs,
+        worked=judged,
+        from_cache=cached,
+        teacher=teacher,
+        rejected=dict(rejected),
+    )
     return target
 
 
-def scores_of(judged: Judged) -> dict[str, dict[tuple[str, str], float]]:
-    """Raw scores by teacher and (query_id, passage_id)."""
-    found = {}
-    for teacher, scores in judged.scores.items():
-        table = scores.read_all("scores-", ["query_id", "passage_id", "score"])
-        q, p, s = (table.column(c).to_pylist() for c in ("query_id", "passage_id", "score"))
-        found[teacher] = dict(zip(zip(q, p, strict=True), s, strict=True))
-    return found
+_ENGINES = {**teachers.KINDS, "vllm": VllmYesNo}
 
 
-def _teacher_id(context: Context, teacher: str, corpus: Stage, cross_encoder: Model | None) -> str:
-    """Everything that decides a score beside the two texts."""
-    if teacher == "bm25":
-        return f"bm25@{corpus.fingerprint}-{bm25.VERSION}"
-    if cross_encoder is not None:
-        config = context.config.teacher
-        return f"cross_encoder@{cross_encoder.sha[:16]}-{config.max_tokens}-{context.profile.precision}"
-    student = student_identity(context)
-    settings = "-".join(f"{key}={student[key]!r}" for key in sorted(student) if key != "sha")
-    numbers = "-".join(map(str, context.profile.numeric().values()))
-    return f"{teacher}@{context.student.sha[:16]}-{numbers}-{settings}"
+class PairSource(Protocol):
+    """Where a scorer has its pairs from."""
+
+    def read(self, number: int) -> Pairs:
+        """The pairs of part ``number``."""
+        ...
 
 
-def _pool(retrieved: Stage, depth: int) -> pa.Table:
-    """The pairs to judge: the head of every fused ranking."""
-    table = retrieved.read_all("run-")
-    keep = pc.and_(pc.equal(table.column("retriever"), FUSED), pc.less_equal(table.column("rank"), depth))
-    return table.filter(keep).select(["query_id", "passage_id"])
+@dataclass(frozen=True)
+class Pooled:
+    """The pairs of a pool stage."""
+
+    pool: Stage
+    corpus: Stage
+
+    def read(self, number: int) -> Pairs:
+        return pool.read(self.pool, self.corpus, number)
 
 
-def _scores_table(teacher_id: str, rows: list[tuple[str, str, float]]) -> pa.Table:
-    ordered = sorted(rows)
-    return pa.table(
-        {
-            "teacher": [teacher_id] * len(ordered),
-            "query_id": [row[0] for row in ordered],
-            "passage_id": [row[1] for row in ordered],
-            "score": pa.array([row[2] for row in ordered], pa.float32()),
-        },
-        schema=schema.TABLES["scores"],
-    )
-
-
-class _ModelScorer:
-    """Judges the pairs of one bucket of passages with a model, asking the cache first."""
+class Scorer:
+    """Judges the pairs of one part with a model, asking the cache first."""
 
     def __init__(
         self,
         teacher_id: str,
-        ranked: Ranked,
-        depth: int,
+        source: PairSource,
         target: Stage,
         store: Location,
-        buckets: int,
-        late: dict[str, Any] | None,
-        cross_encoder: dict[str, Any] | None,
-        token_budget: int,
+        parts: int,
+        engine: str,
+        arguments: dict[str, Any],
+        tokens: Stage | None,
     ) -> None:
-        self.teacher_id, self.corpus, self.target = teacher_id, ranked.corpus, target
-        self.buckets, self.budget = buckets, token_budget
+        self.teacher_id, self.source, self.target, self.parts = teacher_id, source, target, parts
         self.cache = ContentCache(store / "scores", teacher_id, SCORE)
-        table = queries_table(ranked.queries)
-        self.query_texts: dict[str, str] = dict(
-            zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True)
-        )
-        self.pool = _pool(ranked.retrieved, depth)
-        self.student = Student(**late) if late else None
-        self.cross_encoder = CrossEncoderTeacher(**cross_encoder) if cross_encoder else None
-        if self.student is not None:
-            # Query tokens once per worker; batches are cut over all queries, whatever the part.
-            ids = sorted(self.query_texts)
-            vectors = self.student.token_vectors(
-                [self.query_texts[key] for key in ids], "query", token_budget=token_budget
-            )
-            self.query_tokens = dict(zip(ids, vectors, strict=True))
+        self.tokens = query_tokens.Stored(tokens) if tokens else None
+        stored = {"query_tokens": self.tokens} if self.tokens else {}
+        self.teacher = _ENGINES[engine](**arguments, **stored)
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])
-        ids, texts = part_texts(self.corpus, number, "passage")
-        text_of = dict(zip(ids, texts, strict=True))
-        mine = self.pool.filter(pc.is_in(self.pool.column("passage_id"), pa.array(ids, pa.string())))
-        pairs = sorted(
-            zip(
-                mine.column("passage_id").to_pylist(),
-                mine.column("query_id").to_pylist(),
-                strict=True,
-            )
+        pairs = self.source.read(number)
+        known = self.cache.read(number, self.parts)
+        queries, passages = pairs.queries, pairs.passages
+        keys = [self.cache.key(q, p) for q, p in zip(queries, passages, strict=True)]
+        # each different pair of texts once, though it may stand there under several ids
+        new = {key: at for at, key in enumerate(keys) if key not in known}
+        if self.tokens is not None:
+            self.tokens.places = dict(zip(queries, pairs.places, strict=True))
+        at = list(new.values())
+        scores, failed = judge_pairs(self.teacher.score, [queries[i] for i in at], [passages[i] for i in at])
+        found = {key: float(s) for key, s in zip(new, scores, strict=True) if np.isfinite(s)}
+        reasons = {key: failed[n] for n, key in enumerate(new) if n in failed}
+        self.cache.write(number, self.parts, list(found), list(found.values()))
+        known |= found
+        ids = list(zip(pairs.query_ids, pairs.passage_ids, keys, strict=True))
+        rejects = [(f"{q} {p}", *reasons[key]) for q, p, key in ids if key in reasons]
+        write_part(
+            self.target,
+            number,
+            self.teacher_id,
+            [(q, p, known[key]) for q, p, key in ids if key in known],
+            rejects,
         )
-        known = self.cache.read(number, self.buckets)
-        keys = {(p, q): self.cache.key(self.query_texts[q], text_of[p]) for p, q in pairs}
-        new = [pair for pair in pairs if keys[pair] not in known]
-        scores = self._judge(new, text_of)
-        if not np.isfinite(scores).all():
-            worst = new[int(np.argmin(np.isfinite(scores)))]
-            raise UserError(
-                f"teacher {self.teacher_id}: its score of query '{worst[1]}' and passage '{worst[0]}' is "
-                "not a finite number; try compute.precision=float32, or another teacher"
-            )
-        known.update((keys[pair], score) for pair, score in zip(new, scores, strict=True))
-        self.cache.write(number, self.buckets, [keys[pair] for pair in new], scores)
-        self.target.write(
-            part_name("scores", number, "parquet"),
-            _scores_table(self.teacher_id, [(q, p, known[keys[p, q]]) for p, q in pairs]),
-        )
-        return {"judged": len(new), "cached": len(pairs) - len(new)}
-
-    def _judge(self, pairs: list[tuple[str, str]], text_of: dict[str, str]) -> list[float]:
-        if not pairs:
-            return []
-        if self.cross_encoder is not None:
-            texts = [(self.query_texts[q], text_of[p]) for p, q in pairs]
-            return [float(score) for score in self.cross_encoder.score(texts)]
-        assert self.student is not None
-        by_passage: dict[str, list[str]] = defaultdict(list)
-        for passage, query in pairs:  # sorted by passage, so the order of scores is that of pairs
-            by_passage[passage].append(query)
-        vectors = self.student.token_vectors(
-            [text_of[p] for p in by_passage], "passage", token_budget=self.budget
-        )
-        scores: list[float] = []
-        for (_, queries), passage_TD in zip(by_passage.items(), vectors, strict=True):
-            scores += late_interaction([self.query_tokens[q] for q in queries], passage_TD)
-        return scores
-
-
-class _LookupScorer:
-    """Dense and BM25 scores of the pooled pairs of one part of queries."""
-
-    def __init__(
-        self,
-        teacher_id: str,
-        teacher: str,
-        ranked: Ranked,
-        depth: int,
-        target: Stage,
-    ) -> None:
-        self.teacher_id, self.teacher, self.target = teacher_id, teacher, target
-        self.queries, self.query_vectors = ranked.queries, ranked.query_vectors
-        self.pool: dict[str, list[str]] = defaultdict(list)
-        table = _pool(ranked.retrieved, depth)
-        for q, p in zip(
-            table.column("query_id").to_pylist(),
-            table.column("passage_id").to_pylist(),
-            strict=True,
-        ):
-            self.pool[q].append(p)
-        if teacher == "dense":
-            self.vectors = Vectors.all(ranked.passages)
-            self.position = {p: n for n, p in enumerate(self.vectors.ids)}
-        else:
-            self.bm25 = bm25_of(ranked.corpus)
-
-    def run(self, part: dict[str, Any]) -> dict[str, Any]:
-        number = int(part["number"])
-        rows: list[tuple[str, str, float]] = []
-        if self.teacher == "dense":
-            queries = Vectors(self.query_vectors, [number])
-            for query_id, query_D in zip(queries.ids, queries.matrix, strict=True):
-                passages = self.pool.get(query_id, [])
-                if passages:
-                    found = self.vectors.matrix[[self.position[p] for p in passages]]
-                    scores = exact_dot(query_D, found)
-                    rows += [(query_id, p, float(s)) for p, s in zip(passages, scores, strict=True)]
-        else:
-            for query_id, text in zip(*part_texts(self.queries, number, "query"), strict=True):
-                passages = self.pool.get(query_id, [])
-                scores_found = self.bm25.score(text, passages)
-                rows += [(query_id, p, s) for p, s in zip(passages, scores_found, strict=True)]
-        self.target.write(part_name("scores", number, "parquet"), _scores_table(self.teacher_id, rows))
-        return {"judged": len(rows), "cached": 0}
+        return {"judged": len(found), "cached": len(keys) - len(new)}

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from retrieval_ray.artifacts import Location, Stage, stage
-from retrieval_ray.config import ComputeConfig, Config, DatasetConfig
+from retrieval_ray.config import EMBEDDED, ComputeConfig, Config, DatasetConfig, MemberConfig
 from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.model_files import Model
 from retrieval_ray.sources import Source
 from retrieval_ray.stages import encode, ingest, score
 from retrieval_ray.stages.collection import Collection, Ranked, extend
 from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.judges import Judge, teacher_id
 from retrieval_ray.stages.profile import Profile, resolve
 
 TEXTS = [f"passage number {n} on ba co di" for n in range(24)]
@@ -50,7 +51,13 @@ def names(context: Context, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
         monkeypatch.setattr(Context, "start", lambda *_: False)
         encoded = encode.run(run, Collection("small", "test", 1, corpus, None, others["queries"]))
         ranked = extend(encoded, Ranked, retrievers=("dense",), retrieved=others["retrieve"])
-        scored = score.run(run, ranked, None).scores | score.run(run, ranked, judge).scores
+        members = {kind: MemberConfig(kind=kind) for kind in EMBEDDED}
+        members["cross_encoder"] = run.config.teacher
+        judges = [
+            Judge(name, replace(member, kind=name), judge if name == "cross_encoder" else None)
+            for name, member in members.items()
+        ]
+        scored = score.run(run, ranked, judges).scores
         monkeypatch.undo()
         teachers = {name: str(done.identity["teacher"]) for name, done in scored.items()}
         return {
@@ -140,3 +147,54 @@ def test_the_token_budget_is_as_told_or_as_written_down_or_the_devices_own() -> 
     assert budget(ComputeConfig(), token_budget=777) == 777
     assert budget(ComputeConfig(token_budget=55), token_budget=777) == 55
     assert resolve(ComputeConfig(), known | {"device": "cuda"}, on_cluster=False).token_budget == 16_384
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds"),
+    [
+        ({"max_tokens": 256}, {"cross_encoder", "seq2seq", "yes_no", "listwise", "late"}),
+        ({"template": "{query} {passage}"}, {"seq2seq", "yes_no"}),
+        ({"tokens": ["a", "b"]}, {"seq2seq", "yes_no"}),
+        ({"instruction": "Be strict"}, {"yes_no"}),
+        ({"window": 10, "stride": 5}, {"listwise"}),
+        ({"url": "http://elsewhere/v1", "name": "other", "trust_remote_code": True}, set()),
+    ],
+)
+def test_what_a_teacher_is_asked(context: Context, change: dict[str, Any], kinds: set[str]) -> None:
+    found = set()
+    for kind in ("cross_encoder", "seq2seq", "yes_no", "listwise", "late"):
+        member = MemberConfig(kind=kind, model="judge")
+        ids = [
+            teacher_id(context, Judge(kind, replace(member, **more), CROSS_ENCODER), None)
+            for more in ({}, change)
+        ]
+        if ids[0] != ids[1]:
+            found.add(kind)
+        assert ids[0].startswith(kind)
+    assert found == kinds
+
+
+def test_engine_arguments_that_change_no_score_are_not_in_its_name(context: Context) -> None:
+    def named(**engine: Any) -> str:
+        member = MemberConfig(kind="yes_no", model="judge", engine="vllm", vllm=engine)
+        return teacher_id(context, Judge("yes_no", member, CROSS_ENCODER), None)
+
+    other = MemberConfig(kind="yes_no", model="judge")
+    assert named() != teacher_id(context, Judge("yes_no", other, CROSS_ENCODER), None)
+    assert named() == named(gpu_memory_utilization=0.5, max_num_seqs=8)
+    assert named() != named(quantization="fp8")
+
+
+def test_a_prompt_that_is_the_kinds_own_may_be_said_or_not(context: Context) -> None:
+    from retrieval_ray.teachers import yes_no
+
+    said = MemberConfig(kind="yes_no", template=yes_no.TEMPLATE, tokens=["yes", "no"])
+    ids = {
+        teacher_id(context, Judge("x", m, CROSS_ENCODER), None) for m in (said, MemberConfig(kind="yes_no"))
+    }
+    assert len(ids) == 1
+
+
+def test_a_commit_stands_for_the_files_of_a_model_on_a_hub(context: Context) -> None:
+    model = Model("team/judge@abc", "team/judge@abc")
+    assert "@team/judge@abc-" in teacher_id(context, Judge("x", MemberConfig(), model), None)

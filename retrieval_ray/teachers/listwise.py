@@ -1,0 +1,80 @@
+"""Rank-only teachers: a language model that answers with an order, like "[2] > [1] > [3]".
+
+A window moves over the pool from its back to its front, so that good passages are carried along to the
+top (RankGPT, arXiv 2304.09542, section 3.2). What comes out is an order and nothing more: a passage's
+score is minus its rank. It depends on the whole pool, so such a score belongs to (query, pool, passage).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+Messages = list[dict[str, str]]
+Ask = Callable[[list[Messages]], list[str | None]]  # prompts -> replies; None where there is none
+
+PROMPT_VERSION = 1
+_MAX_WORDS = 300  # of a passage, as in RankGPT's code
+_SYSTEM = "You are an assistant that ranks passages by how well they answer a search query."
+
+
+def windows(count: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """(first, after the last) of each window over ``count`` passages, from the back to the front."""
+    found, end = [], count
+    while count:
+        found.append((max(0, end - window), end))
+        if end <= window:
+            break
+        end -= stride
+    return found
+
+
+def prompt(query: str, passages: Sequence[str], max_words: int = _MAX_WORDS) -> Messages:
+    """What the model is asked about one window; passages are numbered from 1."""
+    listed = "\n".join(
+        f"[{n}] {' '.join(text.split()[:max_words])}" for n, text in enumerate(passages, start=1)
+    )
+    asked = (
+        f"Search query: {query}\n\n{listed}\n\nRank the {len(passages)} passages above by relevance to the "
+        f"search query: {query}\nList all identifiers, the most relevant first, in the form [2] > [1]. "
+        "Answer with that list alone, without any explanation."
+    )
+    return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": asked}]
+
+
+def parse_order(reply: str, count: int) -> list[int]:
+    """The positions 0 .. count-1 in the order of a reply, repaired.
+
+    Identifiers that are no passage and those that were named before are dropped; passages that are not
+    named follow in their present order. Numbers without brackets are read where no bracket is there; of a
+    model that thinks aloud only what follows its thoughts.
+    """
+    text = reply.rpartition("</think>")[2]
+    named = re.findall(r"\[\s*(\d{1,6})\s*\]", text) or re.findall(r"\d{1,6}", text)
+    valid = [int(number) - 1 for number in named if 1 <= int(number) <= count]
+    return list(dict.fromkeys([*valid, *range(count)]))
+
+
+def rank(
+    ask: Ask, queries: Sequence[str], pools: Sequence[Sequence[str]], *, window: int, stride: int
+) -> list[list[int] | None]:
+    """Each query's pool in the model's order, as positions; the pools come in the order of retrieval.
+
+    All queries take their windows in step: one round asks for one window of each at once. None for a
+    query of which some window got no reply.
+    """
+    orders: list[list[int] | None] = [list(range(len(pool))) for pool in pools]
+    plans = [windows(len(pool), window, stride) for pool in pools]
+    for turn in range(max(map(len, plans), default=0)):
+        asked: list[tuple[int, int, list[int]]] = []  # query, first place of its window, who stands there
+        for n, plan in enumerate(plans):
+            order = orders[n]
+            if order is not None and turn < len(plan):
+                first, after = plan[turn]
+                asked.append((n, first, order[first:after]))
+        replies = ask([prompt(queries[n], [pools[n][at] for at in part]) for n, _, part in asked])
+        for (n, first, part), reply in zip(asked, replies, strict=True):
+            order = orders[n]
+            if reply is None or order is None:
+                orders[n] = None
+            else:
+                order[first : first + len(part)] = [part[at] for at in parse_order(reply, len(part))]
+    return orders
