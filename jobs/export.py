@@ -9,7 +9,6 @@ training masks. The stages are those of ``jobs/adapt.py``; what is in the store 
 from retrieval_ray.config import DatasetConfig
 from retrieval_ray.errors import UserError
 from retrieval_ray.export import FORMATS
-from retrieval_ray.model_files import Model
 from retrieval_ray.sources import open_source
 from retrieval_ray.stages import (
     cluster,
@@ -26,6 +25,7 @@ from retrieval_ray.stages import (
 )  # fmt: skip
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.judges import judges_of
 
 
 def write(
@@ -61,13 +61,9 @@ def lists(context: Context, dataset: DatasetConfig) -> Grouped:
     collected = queries.run(context, dataset, source, corpus, generated)
     if not context.dry_run:
         cluster.join(config.compute, context.worker_resources()["num_gpus"])
-    ranked = retrieve.run(context, encode.run(context, collected), config.retrieve.retrievers)
-    cross_encoder = (
-        Model.of(str(config.teacher.model), "teacher.model")
-        if config.teacher.kind == "cross_encoder"
-        else None
-    )
-    return group.run(context, score.run(context, ranked, cross_encoder))
+    encoded = encode.run(context, collected, models=config.retrieve.models)
+    ranked = retrieve.run(context, encoded, config.retrieve.retrievers)
+    return group.run(context, score.run(context, ranked, judges_of(context)))
 
 
 if __name__ == "__main__":
