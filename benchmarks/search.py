@@ -13,7 +13,9 @@ each against whichever of the peer's ways is better at it.
 """
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,7 +37,7 @@ HIDDEN, NEGATIVES, DEPTH = 384, 10, 50
 MINING = ("ours", "mine_hard_negatives", "mine_hard_negatives, faiss")
 SEARCHING = ("ours", "semantic_search")
 _PART = 512
-_WORDS = 24  # of a passage: the encoder is not what is measured
+_WORDS = 12  # of a passage: the encoder is not what is measured
 
 
 def main() -> None:
@@ -45,8 +47,9 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int)
     arguments.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     given = arguments.parse_args()
-    passages = given.passages or (4_000 if given.quick else 100_000)
-    queries = given.queries or (400 if given.quick else 10_000)
+    passages = given.passages or (20_000 if given.quick else 100_000)
+    queries = given.queries or (2_000 if given.quick else 10_000)
+    os.environ["TQDM_DISABLE"] = "1"
     if given.part:
         kind, folder = given.part
         print(json.dumps(_one(kind, Path(folder), passages, queries)))
@@ -145,8 +148,10 @@ def _ours(student: Student, folder: Path, corpus: list[str], anchors: list[str])
 
 def _searching(name: str, folder: Path, passages: int, queries: int) -> Callable[[], np.ndarray]:
     queries_QD = np.load(folder / "queries.npy")
+    few = [(ids[:DEPTH], vectors[:DEPTH]) for ids, vectors in itertools.islice(_blocks(folder / "given"), 1)]
     if name == "ours":
         size, _ = block_sizes("cpu")
+        search(few, queries_QD[:8], DEPTH)  # what the first call loads is not the search
         return lambda: np.array(
             [
                 [int(p) for p, _ in ranking]
@@ -155,6 +160,8 @@ def _searching(name: str, folder: Path, passages: int, queries: int) -> Callable
             ]
         )
     from sentence_transformers.util import dot_score, semantic_search
+
+    semantic_search(*(torch.from_numpy(some.astype(np.float32)) for some in (queries_QD[:8], few[0][1])))
 
     def theirs() -> np.ndarray:
         vectors = np.concatenate([block for _, block in _blocks(folder / "given")])
