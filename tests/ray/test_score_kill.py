@@ -36,7 +36,8 @@ def start(
     pairs: Path, cross_encoder: str, output: Path, log: Path, **environment: str
 ) -> subprocess.Popen[bytes]:
     settings = [
-        f"pairs={pairs}", "teacher.kind=cross_encoder", f"teacher.model={cross_encoder}", "teacher.max_tokens=64",
+        f"pairs={pairs}", "teacher.kind=cross_encoder", f"teacher.model={cross_encoder}",
+        "teacher.max_tokens=64",
         "compute.precision=float32", "compute.threads=1", "compute.workers=2", "compute.cpus_per_worker=2",
         "compute.token_budget=2048", f"output_dir={output}",
     ]  # fmt: skip
