@@ -132,7 +132,7 @@ def _vllm(context: Context, config: MemberConfig) -> dict[str, Any]:
     own, needed = context.worker_resources()["num_gpus"], devices(config.vllm)
     if needed > max(1.0, own):
         raise UserError(
-            f"teacher.vllm: an engine of {needed} GPUs needs compute.gpus_per_worker={needed}, and it is {own:g}"
+            f"teacher.vllm: an engine of {needed} GPUs needs compute.gpus_per_worker={needed}, not {own:g}"
         )
     defaults = {"gpu_memory_utilization": 0.9 * own} if 0 < own < 1 else {}
     return defaults | dict(config.vllm)
