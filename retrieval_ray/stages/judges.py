@@ -85,8 +85,8 @@ def teacher_id(context: Context, judge: Judge, corpus: Stage | None) -> str:
         assert corpus is not None
         return f"bm25@{corpus.fingerprint}-{bm25.VERSION}"
     if judge.kind == "listwise":
-        settings = [listwise.PROMPT_VERSION, config.window, config.stride, config.max_tokens]
-        return f"listwise-ranks@{config.model}-{digest(settings)[:12]}"
+        order = [listwise.PROMPT_VERSION, config.window, config.stride, config.max_tokens]
+        return f"listwise-ranks@{config.model}-{digest(order)[:12]}"
     numbers = "-".join(map(str, profile.numeric().values()))
     if judge.kind in MODELS:
         assert judge.model is not None
