@@ -32,20 +32,26 @@ class Model:
 def by_revision(name: str, key: str) -> Model:
     """Like ``Model.of``, but a hub id is not downloaded: its commit stands for its files.
 
-    For models that the driver has no use for itself, like an LLM of many gigabytes.
+    For models that the driver has no use for itself, like an LLM of many gigabytes. Where the hub cannot
+    be reached, what was once downloaded of it tells the commit.
     """
     if hub_id(name) is None:
         return Model.of(name, key)
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
         commit = HfApi().model_info(repository, revision=revision or None).sha
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"{key}: no model '{name}': neither a folder nor a hub id that can be reached ({error})"
-        ) from error
+        try:
+            commit = Path(
+                snapshot_download(repository, revision=revision or None, local_files_only=True)
+            ).name
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
+            raise UserError(
+                f"{key}: no model '{name}': neither a folder nor a hub id that can be reached ({error})"
+            ) from error
     return Model(f"{repository}@{commit}", f"{repository}@{commit}")
 
 

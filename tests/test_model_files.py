@@ -10,7 +10,7 @@ from pyarrow import fs
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.errors import UserError
-from retrieval_ray.model_files import BUNDLED, Model, resolve_model, weights_sha
+from retrieval_ray.model_files import BUNDLED, Model, by_revision, resolve_model, weights_sha
 from retrieval_ray.student import Student
 
 
@@ -90,3 +90,27 @@ def test_every_machine_is_told_the_same_files(student_folder, tmp_path, monkeypa
     assert model.source == f"team/model@{commit}"
     resolve_model(model.source, "student.model")
     assert asked == [("team/model", "main"), ("team/model", commit)]
+
+
+def test_a_model_on_a_hub_is_named_by_its_commit_without_a_download_and_offline_too(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    class Hub:
+        def model_info(self, repository: str, revision: str | None) -> object:
+            if revision == "gone":
+                raise OSError("no route to host")
+            return type("Info", (), {"sha": "c0ffee"})
+
+    def cached(repository: str, *, revision: str | None, local_files_only: bool) -> str:
+        assert local_files_only
+        if repository == "team/unknown":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+        return str(tmp_path / "snapshots" / "facade")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    assert by_revision("team/judge", "k") == Model("team/judge@c0ffee", "team/judge@c0ffee")
+    assert by_revision("team/judge@gone", "k").sha == "team/judge@facade"
+    with pytest.raises(UserError, match=r"k: no model 'team/unknown@gone'.*no route"):
+        by_revision("team/unknown@gone", "k")
+    assert by_revision(BUNDLED, "k") == Model.of(BUNDLED, "k")

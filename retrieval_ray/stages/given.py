@@ -47,8 +47,8 @@ class Given:
         ]
         rows = sorted(pa.concat_tables(tables).to_pylist(), key=lambda row: int(row["row"]))
         rows = list({(row["query_id"], row["passage_id"]): row for row in rows}.values())
-        columns = ([str(row[name]) for row in rows] for name in _TEXTS)
-        return Pairs(*columns, places=[])
+        query_ids, passage_ids, queries, passages = ([str(row[name]) for row in rows] for name in _TEXTS)
+        return Pairs(query_ids, passage_ids, queries, passages, places=[])
 
 
 def run(context: Context, *, by_query: bool) -> Stage:

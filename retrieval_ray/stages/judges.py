@@ -6,7 +6,9 @@ from typing import Any
 from retrieval_ray import bm25
 from retrieval_ray.artifacts import Stage, digest
 from retrieval_ray.config import MODELS, MemberConfig
+from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model, by_revision
+from retrieval_ray.stages.ask_vllm import devices
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import student_arguments, student_identity
 from retrieval_ray.teachers import listwise, seq2seq, yes_no
@@ -68,7 +70,7 @@ def arguments_of(context: Context, judge: Judge) -> dict[str, Any]:
         **_asked(config),
     }
     if config.engine == "vllm":
-        return found | {"engine": dict(config.vllm), "on_gpu": profile.device == "cuda"}
+        return found | {"engine": _vllm(context, config), "on_gpu": profile.device == "cuda"}
     return found | {"token_budget": profile.token_budget, "device": profile.device}
 
 
@@ -83,8 +85,8 @@ def teacher_id(context: Context, judge: Judge, corpus: Stage | None) -> str:
         assert corpus is not None
         return f"bm25@{corpus.fingerprint}-{bm25.VERSION}"
     if judge.kind == "listwise":
-        settings = [listwise.PROMPT_VERSION, config.window, config.stride, config.max_tokens]
-        return f"listwise-ranks@{config.model}-{digest(settings)[:12]}"
+        order = [listwise.PROMPT_VERSION, config.window, config.stride, config.max_tokens]
+        return f"listwise-ranks@{config.model}-{digest(order)[:12]}"
     numbers = "-".join(map(str, profile.numeric().values()))
     if judge.kind in MODELS:
         assert judge.model is not None
@@ -118,6 +120,22 @@ def _asked(config: MemberConfig) -> dict[str, Any]:
 def _engine(config: MemberConfig) -> dict[str, Any]:
     kept = {key: value for key, value in sorted(config.vllm.items()) if key not in _VLLM_EXECUTION}
     return {"engine": config.engine, **kept}
+
+
+def _vllm(context: Context, config: MemberConfig) -> dict[str, Any]:
+    """Engine arguments: the user's, and a share of the GPU's memory where a worker has but a share of it.
+
+    Raises ``UserError`` for an engine of more GPUs than a worker has: it would find only its own.
+    """
+    if context.profile.device != "cuda":
+        return dict(config.vllm)
+    own, needed = context.worker_resources()["num_gpus"], devices(config.vllm)
+    if needed > max(1.0, own):
+        raise UserError(
+            f"teacher.vllm: an engine of {needed} GPUs needs compute.gpus_per_worker={needed}, not {own:g}"
+        )
+    defaults = {"gpu_memory_utilization": 0.9 * own} if 0 < own < 1 else {}
+    return defaults | dict(config.vllm)
 
 
 def _endpoint(context: Context, judge: Judge) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def run(context: Context, ranked: Ranked, depth: int) -> Stage:
     each = max(1, PAIRS * query_parts // max(1, depth * int(ranked.queries.manifest()["rows"])))
     files = [list(range(at, min(at + each, query_parts))) for at in range(0, query_parts, each)]
     names = [part_name("pairs", number, "parquet") for number in range(len(files))]
-    arguments = {"ranked": ranked, "depth": depth, "target": target}
+    arguments: dict[str, Any] = {"ranked": ranked, "depth": depth, "target": target}
     if target.missing([_INDEX]):
         _write_index(ranked.corpus, target)
     missing = set(target.missing(names))

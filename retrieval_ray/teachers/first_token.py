@@ -23,7 +23,8 @@ class FirstTokenLayer(torch.nn.Module):
         first_N1D = hidden_NLD[:, :1]
 
         def heads(values: Tensor) -> Tensor:
-            return values.unflatten(-1, (own.num_attention_heads, own.attention_head_size)).transpose(1, 2)
+            rows, length, _ = values.shape
+            return values.view(rows, length, own.num_attention_heads, own.attention_head_size).transpose(1, 2)
 
         context = scaled_dot_product_attention(
             heads(own.query(first_N1D)),

@@ -13,12 +13,13 @@ import pytest
 from retrieval_ray.artifacts import Location, Stage, stage
 from retrieval_ray.config import EMBEDDED, ComputeConfig, Config, DatasetConfig, MemberConfig
 from retrieval_ray.contentcache import SCORE, ContentCache
+from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model
 from retrieval_ray.sources import Source
 from retrieval_ray.stages import encode, ingest, score
 from retrieval_ray.stages.collection import Collection, Ranked, extend
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.judges import Judge, teacher_id
+from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
 from retrieval_ray.stages.profile import Profile, resolve
 
 TEXTS = [f"passage number {n} on ba co di" for n in range(24)]
@@ -198,3 +199,18 @@ def test_a_prompt_that_is_the_kinds_own_may_be_said_or_not(context: Context) -> 
 def test_a_commit_stands_for_the_files_of_a_model_on_a_hub(context: Context) -> None:
     model = Model("team/judge@abc", "team/judge@abc")
     assert "@team/judge@abc-" in teacher_id(context, Judge("x", MemberConfig(), model), None)
+
+
+def test_an_engine_on_gpus_gets_what_its_worker_has(context: Context) -> None:
+    def engine(gpus: float, **given: Any) -> dict[str, Any]:
+        compute = replace(context.config.compute, gpus_per_worker=gpus)
+        run = replace(profile(device="cuda")(context), config=replace(context.config, compute=compute))
+        member = MemberConfig(kind="yes_no", model="judge", engine="vllm", vllm=given)
+        found: dict[str, Any] = arguments_of(run, Judge("x", member, CROSS_ENCODER))["engine"]
+        return found
+
+    assert engine(1) == {} and engine(2, tensor_parallel_size=2) == {"tensor_parallel_size": 2}
+    assert engine(0.5) == {"gpu_memory_utilization": 0.45}
+    assert engine(0.5, gpu_memory_utilization=0.3) == {"gpu_memory_utilization": 0.3}
+    with pytest.raises(UserError, match="compute.gpus_per_worker=2"):
+        engine(1, tensor_parallel_size=2)
