@@ -188,7 +188,7 @@ def ranked(tmp_path: Path) -> Ranked:
         retrieved.write(part_name("run", number, "parquet"), schema.from_rows("run", run))
     texts.finish([part_name("queries", n, "parquet") for n in range(2)], buckets=2, rows=12)
     retrieved.finish([part_name("run", n, "parquet") for n in range(2)], buckets=2)
-    return Ranked("small", "test", 1, corpus, None, texts, corpus, texts, ("dense",), retrieved)
+    return Ranked("small", "test", 1, corpus, None, texts, corpus, texts, {}, {}, ("dense",), retrieved)
 
 
 def laid_out(ranked: Ranked, store: Path, depth: int, files: list[list[int]]) -> Stage:
