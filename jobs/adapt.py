@@ -50,13 +50,14 @@ def pipeline(context: Context, until: str | None) -> str | None:
     corpora = [ingest.run(context, *pair) for pair in zip(datasets, sources, strict=True)]
     if until == "corpus":
         return None
-    for dataset in datasets:
-        queries.sources_of(config.queries, dataset)  # what is missing is said before any LLM is asked
+    # What is missing or wrong in what is given is said before any LLM is asked.
+    asked = [queries.asked(context, *each) for each in zip(datasets, sources, corpora, strict=True)]
+    judges = judges_of(context)
     generated = [generate.run(context, *each) for each in zip(sources, corpora, strict=True)]
     if until == "generate":
         return None
     collections = [
-        queries.run(context, *each) for each in zip(datasets, sources, corpora, generated, strict=True)
+        queries.run(context, *each) for each in zip(datasets, sources, corpora, asked, generated, strict=True)
     ]
     if until == "queries":
         return None
@@ -69,7 +70,6 @@ def pipeline(context: Context, until: str | None) -> str | None:
     ranked = [retrieve.run(context, each, config.retrieve.retrievers) for each in encoded]
     if until == "retrieve":
         return None
-    judges = judges_of(context)  # found, or refused before any pair is judged
     judged = [score.run(context, each, judges) for each in ranked]
     if until == "score":
         return None

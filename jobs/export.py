@@ -55,15 +55,15 @@ def pipeline(context: Context, until: str | None) -> str | None:
 def lists(context: Context, dataset: DatasetConfig) -> Grouped:
     """The training lists of one corpus."""
     config, source = context.config, open_source(dataset.path)
-    queries.sources_of(config.queries, dataset)  # what is missing is said before any LLM is asked
     corpus = ingest.run(context, dataset, source)
+    asked, judges = queries.asked(context, dataset, source, corpus), judges_of(context)
     generated = generate.run(context, source, corpus)
-    collected = queries.run(context, dataset, source, corpus, generated)
+    collected = queries.run(context, dataset, source, corpus, asked, generated)
     if not context.dry_run:
         cluster.join(config.compute, context.worker_resources()["num_gpus"])
     encoded = encode.run(context, collected, models=config.retrieve.models)
     ranked = retrieve.run(context, encoded, config.retrieve.retrievers)
-    return group.run(context, score.run(context, ranked, judges_of(context)))
+    return group.run(context, score.run(context, ranked, judges))
 
 
 if __name__ == "__main__":

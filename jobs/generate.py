@@ -16,6 +16,8 @@ def write(context: Context, until: str | None, show: int | None) -> str | None:
     if "llm" not in (context.config.queries.sources or []):
         raise UserError("queries.sources must name 'llm': this job writes queries with an LLM, and only so")
     if show is not None:
+        if show < 1:
+            raise UserError("--show: how many passages, at least 1")
         for dataset in context.config.corpora():
             print("\n".join(forecast.shown(context, dataset, show)))
         return None
@@ -29,14 +31,14 @@ def pipeline(context: Context, until: str | None) -> str | None:
     where = None
     for dataset in context.config.corpora():
         source = open_source(dataset.path)
-        queries.sources_of(context.config.queries, dataset)  # what is missing is said before any call
         corpus = ingest.run(context, dataset, source)
         if until == "corpus":
             continue
+        asked = queries.asked(context, dataset, source, corpus)  # what is missing is said before any call
         generated = generate.run(context, source, corpus)
         if until == "generate":
             continue
-        where = queries.run(context, dataset, source, corpus, generated).queries.folder.url
+        where = queries.run(context, dataset, source, corpus, asked, generated).queries.folder.url
     return where
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -493,6 +494,12 @@ def _check_values(config: Config) -> None:
             config.llm.engine != "endpoint" or bool(config.llm.url),
             "llm.url: an endpoint needs its address, like http://localhost:8000/v1",
         )
+        need(
+            not urlsplit(config.llm.url or "").password,
+            "llm.url: no password here, it would stand in manifests; put a key into the environment variable "
+            f"{config.llm.key_variable} (llm.key_variable)",
+        )
+        need("messages" not in config.llm.body, "llm.body: the messages are made from the prompts")
     need(
         min(config.llm.kinds.values(), default=1) >= 0 and sum(config.llm.kinds.values() or [1]) > 0,
         "llm.kinds: numbers of queries per passage must not be negative, and one must be more than 0",

@@ -45,14 +45,17 @@ class Endpoint:
         self.timeout, self.retries = aiohttp.ClientTimeout(total=timeout_seconds), retries
         self.section = section
         self.reached = False  # whether anything ever answered at this address
+        self.answered = False  # whether a request ever got a reply; also a caller may know
+        self._in_vain = 0  # requests in a row that no server dealt with
 
     async def replies(self, requests: Iterable[Request]) -> AsyncIterator[Reply]:
         """A reply for each request, in the order in which they come.
 
         Raises ``UserError`` where no request can succeed: a wrong address, a key that is refused, so many
-        failures in a row that the server must be down.
+        failures in a row that the server must be down. A server that refuses one request for what is in it
+        is up, so refusals count only as long as nothing was ever answered.
         """
-        in_vain = 0
+        self._in_vain = 0
         key = self._key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         queue = iter(requests)
@@ -71,11 +74,10 @@ class Endpoint:
                     for task in done:
                         running.discard(task)
                         reply = task.result()
-                        in_vain = 0 if reply.error is None else in_vain + 1
                         yield reply
-                        if in_vain >= _IN_VAIN + self.concurrency:
+                        if self._in_vain >= _IN_VAIN + self.concurrency:
                             raise UserError(
-                                f"{self.url}: {in_vain} requests in a row failed, the last with: "
+                                f"{self.url}: {self._in_vain} requests in a row failed, the last with: "
                                 f"{reply.error}. What was answered is kept: run the same command again "
                                 "when it is mended"
                             )
@@ -87,19 +89,22 @@ class Endpoint:
     async def _reply(self, session: aiohttp.ClientSession, request: Request) -> Reply:
         said = {"seed": request.seed, **self.body, "messages": request.messages}
         body = {name: value for name, value in said.items() if value is not None}
-        problem = ""
+        problem, refused = "", False
         for attempt in range(self.retries + 1):
             last, retry_after = attempt == self.retries, None
             try:
                 async with session.post(self.url, json=body) as response:
                     self.reached = True
                     if response.status == 200:
-                        return _read(request, await response.json(content_type=None))
+                        reply = _read(request, await response.json(content_type=None))
+                        self.answered, self._in_vain = True, 0
+                        return reply
                     answer = self._without_key(await response.text(errors="replace"))
                     problem = f"HTTP {response.status}: {answer[:300]}"
                     if response.status in _HOPELESS:
                         raise UserError(self._hopeless(response.status, problem))
-                    if response.status < 500 and response.status not in _AGAIN:
+                    refused = response.status < 500 and response.status not in _AGAIN
+                    if refused:
                         break
                     retry_after = response.headers.get("Retry-After")
             except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
@@ -114,6 +119,7 @@ class Endpoint:
                 problem = self._without_key(f"unreadable reply: {error}")[:300]
             if not last:
                 await asyncio.sleep(_wait(attempt, retry_after))
+        self._in_vain = 0 if refused and self.answered else self._in_vain + 1
         return Reply(request.query_id, None, problem, 0, 0)
 
     def _key(self) -> str:

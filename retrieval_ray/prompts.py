@@ -66,9 +66,12 @@ class Pool:
     rows: tuple[Mapping[str, str], ...]
     sha: str
 
-    def draw(self, kind: str, passage_id: str, *, seed: int, sets: int | None) -> list[tuple[str, str]]:
+    def draw(
+        self, kind: str, passage_id: str, *, seed: int, sets: int | None, passage: str = ""
+    ) -> list[tuple[str, str]]:
         """(passage, reply) exemplars for a prompt of this kind: the same in every run.
 
+        passage: the text that is asked about; an exemplar about it would tell the answer and is replaced.
         sets: how many different draws there are for a kind; fewer are kept longer in an engine's
         prefix cache. None: every passage has a draw of its own, as in the papers' code.
         """
@@ -79,6 +82,9 @@ class Pool:
         number = number if sets is None else number % sets
         usable = [row for row in self.rows if row.get(column, "").strip()]
         drawn = random.Random(f"{seed}-{kind}-{number}").sample(usable, min(EXEMPLARS, len(usable)))
+        if any(_about(row["passage"], passage) for row in drawn):
+            usable = [row for row in usable if not _about(row["passage"], passage)]
+            drawn = random.Random(f"{seed}-{kind}-{number}").sample(usable, min(EXEMPLARS, len(usable)))
         return [(row["passage"], row[column]) for row in drawn]
 
 
@@ -89,7 +95,8 @@ def read_pool(path: str | None, language: str | None = None) -> Pool:
     ``query``. Raises ``UserError`` where a row has not, with its line.
     """
     if path is not None and not Path(path).is_file():
-        raise UserError(f"llm.exemplars: no such file: {path}")
+        what = "a folder, not a JSONL file" if Path(path).is_dir() else "no such file"
+        raise UserError(f"llm.exemplars: {what}: {path}")
     if path is not None:
         try:
             where, text = path, Path(path).read_text(encoding="utf-8-sig")
@@ -162,7 +169,7 @@ class Wanted:
         found: list[tuple[str, Request]] = []
         for passage_id, text in passages:
             for kind, count in self.kinds.items():
-                shown = self.pool.draw(kind, passage_id, seed=self.seed, sets=self.sets)
+                shown = self.pool.draw(kind, passage_id, seed=self.seed, sets=self.sets, passage=text)
                 turns = messages(kind, text, shown, language=self.language, structured=self.structured)
                 for number in range(count):
                     version = PROMPT_VERSION if number == 0 else f"{PROMPT_VERSION}.{number}"
@@ -196,6 +203,12 @@ def messages(
     turns.append({"role": "user", "content": _ask(passage)})
     turns[0] = {"role": "user", "content": f"{instruction}\n\n{turns[0]['content']}"}
     return turns
+
+
+def _about(exemplar: str, passage: str) -> bool:
+    """Whether the one text holds the other: titles may stand before a passage of the corpus."""
+    one, other = " ".join(exemplar.split()), " ".join(passage.split())
+    return bool(one and other) and (one in other or other in one)
 
 
 def _number(key: str) -> int:

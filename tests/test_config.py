@@ -352,6 +352,9 @@ def test_an_llm_must_be_named_and_an_endpoint_must_have_an_address(path: Path) -
     named = ["queries.sources=[llm]", "llm.model=writer"]
     load(str(path), named)
     assert "llm.url" in error_of(path, *named, "llm.engine=endpoint")
+    said = error_of(path, *named, "llm.engine=endpoint", "llm.url=http://me:topsecret@host/v1")
+    assert "llm.url" in said and "topsecret" not in said
+    assert "llm.body" in error_of(path, *named, "llm.url=http://x", "llm.body={messages: []}")
     config = load(str(path), [*named, "llm.engine=endpoint", "llm.url=http://x/v1", "llm.kinds={title: 2}"])
     assert config.llm.kinds == {"title": 2}
 

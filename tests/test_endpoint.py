@@ -318,13 +318,35 @@ def test_it_gives_up_when_nothing_is_answered_any_more() -> None:
     async def run() -> list[Reply]:
         found: list[Reply] = []
         async with serving(handler) as url:
-            with pytest.raises(UserError, match="54 requests in a row failed, the last with: HTTP 500: down"):
+            with pytest.raises(
+                UserError, match=r"5\d requests in a row failed, the last with: HTTP 500: down"
+            ):
                 async for reply in client(url, concurrency=4, retries=0).replies(requests(1000)):
                     found.append(reply)
         return found
 
     found = asyncio.run(run())
     assert len([reply for reply in found if reply.text]) == 10 and asked < 80
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_refused_rows_end_nothing_where_the_server_is_known_to_answer(known: bool) -> None:
+    """What is left after a kill may be nothing but rows that are refused for what is in them."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return _response("content policy", 400)
+
+    async def run() -> list[Reply]:
+        async with serving(handler) as url:
+            asking = client(url, concurrency=4)
+            asking.answered = known
+            return [reply async for reply in asking.replies(requests(200))]
+
+    if known:
+        assert [reply.error for reply in asyncio.run(run())] == ["HTTP 400: content policy"] * 200
+    else:
+        with pytest.raises(UserError, match=r"5\d requests in a row failed, the last with: HTTP 400"):
+            asyncio.run(run())
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 520, 524, 529])

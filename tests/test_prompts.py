@@ -213,6 +213,20 @@ def test_the_kinds_are_shown_different_exemplars() -> None:
     assert len(drawn) == len(COLUMNS)
 
 
+@pytest.mark.parametrize("sets", [None, 4])
+def test_no_passage_is_shown_its_own_answer(sets: int | None) -> None:
+    """A pool from a query log holds passages of the corpus, before which a title may stand there."""
+    rows = tuple({"passage": f"passage number {n} of six", "query": f"query {n}"} for n in range(6))
+    pool = Pool(rows, "")
+    for n in range(6):
+        for key in range(40):
+            text = f"Title passage  number {n} of\nsix"
+            drawn = pool.draw("user_query_few_shot", f"p{key}", seed=0, sets=sets, passage=text)
+            own = pool.draw("user_query_few_shot", f"p{key}", seed=0, sets=sets)
+            assert len(set(drawn)) == EXEMPLARS and f"query {n}" not in dict(drawn).values()
+            assert drawn == own or f"query {n}" in dict(own).values()
+
+
 def test_a_pool_that_is_too_small_shows_what_it_has() -> None:
     pool = Pool(({"passage": "A", "query": "a"}, {"passage": "B", "title": "b", "query": " "}), "")
     assert pool.draw("user_query_few_shot", "p", seed=0, sets=None) == [("A", "a")]

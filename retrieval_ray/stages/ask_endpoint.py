@@ -76,6 +76,7 @@ class _Asker:
 
         def requests() -> Iterator[Request]:
             for part in parts:
+                self.endpoint.answered = self.endpoint.answered or self.asking.answered(part)
                 for key, request in self.asking.open(part):
                     part_of[request.query_id] = int(part["number"]), key
                     yield request

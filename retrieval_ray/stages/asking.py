@@ -39,6 +39,10 @@ class Asking:
         known = self._known(block)
         return [(key, request) for key, request in self.requests(block) if key not in known]
 
+    def answered(self, block: Block) -> bool:
+        """Whether anything was ever answered about these passages' part."""
+        return bool(self._known(block))
+
     def keep(self, number: int, replies: Iterable[tuple[bytes, Reply]]) -> None:
         """Commit replies: what was answered for ever, what failed for the rest of this run."""
         answered: list[tuple[bytes, Reply]] = []

@@ -182,7 +182,11 @@ def generator(config: LlmConfig, model: Model) -> dict[str, Any]:
 
 def _adapter(name: str) -> str:
     """The hash of an adapter's folder, which is no whole model; the commit of one on a hub."""
-    return weights_sha(name) if Path(name).is_dir() else by_revision(name, "llm.lora").sha
+    if not Path(name).is_dir():
+        return by_revision(name, "llm.lora").sha
+    if not (Path(name) / "adapter_config.json").is_file():
+        raise UserError(f"llm.lora: '{name}' holds no adapter_config.json, so it is no adapter of peft's")
+    return weights_sha(name)
 
 
 def _sampled(context: Context, corpus: Stage) -> list[Block]:

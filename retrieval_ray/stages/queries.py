@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -44,21 +45,18 @@ def sources_of(queries: QueriesConfig, dataset: DatasetConfig) -> list[str]:
     return list(queries.sources)
 
 
-def run(
-    context: Context, dataset: DatasetConfig, source: Source, corpus: Stage, generated: Stage | None
-) -> Collection:
-    """Collect the queries of one corpus: parts by content hash, qrels per split, rejects.
+@dataclass(frozen=True)
+class Asked:
+    """What people asked of one corpus: judged queries by split, and a log; and which sources are wanted."""
 
-    generated: the generate stage, where an LLM is among the sources.
-    """
-    queries = _collect(context, dataset, source, corpus, generated)
-    return Collection(source.name, dataset.split, dataset.relevance_threshold, corpus, generated, queries)
+    judged: dict[str, Judged]
+    log: dict[str, str]
+    sources: list[str]
 
 
-def _collect(
-    context: Context, dataset: DatasetConfig, source: Source, corpus: Stage, generated: Stage | None
-) -> Stage:
-    config = context.config.queries
+def asked(context: Context, dataset: DatasetConfig, source: Source, corpus: Stage) -> Asked:
+    """Read and check what people asked; before an LLM is, because what is wrong here ends the job."""
+    sources = sources_of(context.config.queries, dataset)
     passage_ids = set(corpus_table(corpus).column("passage_id").to_pylist())
     least = dataset.relevance_threshold
     test = read_judged(
@@ -79,8 +77,27 @@ def _collect(
     for split in judged.values():
         for warning in split.warnings:
             say(f"warning: {warning}")
-    log = _log(config, dataset, source, judged)
-    sources = sources_of(config, dataset)
+    return Asked(judged, _log(context.config.queries, dataset, source, judged), sources)
+
+
+def run(
+    context: Context,
+    dataset: DatasetConfig,
+    source: Source,
+    corpus: Stage,
+    asked: Asked,
+    generated: Stage | None,
+) -> Collection:
+    """Collect the queries of one corpus: parts by content hash, qrels per split, rejects.
+
+    generated: the generate stage, where an LLM is among the sources.
+    """
+    queries = _collect(context, source, corpus, asked, generated)
+    return Collection(source.name, dataset.split, dataset.relevance_threshold, corpus, generated, queries)
+
+
+def _collect(context: Context, source: Source, corpus: Stage, asked: Asked, generated: Stage | None) -> Stage:
+    config, judged, log, sources = context.config.queries, asked.judged, asked.log, asked.sources
     identity = {
         "version": VERSION,
         "corpus": corpus.content(),

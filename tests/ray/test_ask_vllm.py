@@ -57,6 +57,17 @@ def test_what_changes_a_reply_changes_the_generators_name(change: dict[str, Any]
     assert generate.generator(LlmConfig(), Model("/models/writer", "b" * 64)) != own
 
 
+def test_an_adapter_is_known_by_its_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="adapter_config.json"):
+        generate.generator(LlmConfig(lora=str(tmp_path)), Model("/models/writer", "a" * 64))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    names = []
+    for weights in (b"one", b"other"):
+        (tmp_path / "adapter_model.safetensors").write_bytes(weights)
+        names.append(generate.generator(LlmConfig(lora=str(tmp_path)), Model("/models/writer", "a" * 64)))
+    assert names[0] != names[1]
+
+
 def test_how_a_reply_is_computed_does_not() -> None:
     model = Model("/models/writer", "a" * 64)
     how = {"tensor_parallel_size": 4, "gpu_memory_utilization": 0.8, "download_dir": "/fast"}

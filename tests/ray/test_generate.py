@@ -201,6 +201,31 @@ def test_an_endpoint_is_asked_once_for_every_request(
     assert new <= len(served.asked) <= new + len(failed)  # what had failed is asked once more
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["queries.sources=[log,llm]", "queries.log_path=/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["dataset.split=spring"], "spring"),
+        (["dataset.dev_split=test"], "dev_split"),
+        (["teacher.kind=cross_encoder", "teacher.model=/nowhere"], "teacher.model"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_call(
+    server: tuple[Server, str],
+    collection: Path,
+    student_folder: str,
+    tmp_path: Path,
+    wrong: list[str],
+    says: str,
+) -> None:
+    served, url = server
+    settings = settings_of(
+        collection, student_folder, tmp_path / "out", engine="endpoint", url=url, model="writer", passages=5
+    )
+    done = run_job("adapt", ["configs/cpu.yaml", *settings, *wrong])
+    assert done.returncode == 2 and says in done.stderr and not served.asked, done.stderr[-2000:]
+
+
 def test_too_many_failures_are_an_error_and_lose_nothing(
     server: tuple[Server, str], collection: Path, student_folder: str, tmp_path: Path
 ) -> None:
