@@ -58,8 +58,8 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "ranking": (0, _MANY), "clp": (0, _MANY),
     },
     "compute": {
-        "workers": (1, _MANY), "cpus_per_worker": (1, _MANY), "gpus_per_worker": (0, _MANY),
-        "threads": (1, _MANY), "token_budget": (1, _MANY),
+        "workers": (1, _MANY), "min_workers": (1, _MANY), "cpus_per_worker": (1, _MANY),
+        "gpus_per_worker": (0, _MANY), "threads": (1, _MANY), "token_budget": (1, _MANY),
     },
 }  # fmt: skip
 
@@ -201,12 +201,17 @@ class EvaluateConfig:
 @dataclass
 class ComputeConfig:
     workers: int = 1
+    min_workers: int | None = None  # elastic: with so many work goes on; null: with all of them
     logical_cpus: int = 8  # of the local cluster that a job starts itself
     cpus_per_worker: int = 1
     gpus_per_worker: float | None = None  # null: 1 where the cluster has GPUs
     precision: str | None = None  # float32 | bfloat16; null: probed
     threads: int | None = None  # per worker; null: the machine's cores shared out
     token_budget: int = 16_384  # of one encoding batch, padding included
+
+    def fewest_workers(self) -> int:
+        """With how many workers a job can begin."""
+        return self.min_workers or self.workers
 
 
 @dataclass
@@ -361,6 +366,10 @@ def _check_values(config: Config) -> None:
         for key, (low, high) in ranges.items():
             value = getattr(attrgetter(section)(config), key)
             need(value is None or low <= value <= high, f"{section}.{key}: must lie in [{low}, {high}]")
+    need(
+        config.compute.fewest_workers() <= config.compute.workers,
+        "compute.min_workers: must not be more than compute.workers",
+    )
     need(
         config.compute.logical_cpus >= 8,
         "compute.logical_cpus: must be at least 8: on fewer, streaming stages starve each other. They are "

@@ -40,6 +40,14 @@ class Lists:
     negative_query_ids: Sequence[Sequence[str | None]] | None = None
 
 
+class NotFinite(FloatingPointError):
+    """A step's loss or gradient is not finite. query_ids: of the batch's queries, five at most."""
+
+    def __init__(self, what: str, query_ids: Sequence[str]) -> None:
+        self.what, self.query_ids = what, list(query_ids[:5])
+        super().__init__(f"the {what} is not finite; queries {', '.join(self.query_ids)}")
+
+
 class Clock:
     """Seconds by name: each lap gets what went by since the last. On a GPU its work is waited for."""
 
@@ -160,9 +168,9 @@ def training_step(
     keep_bytes, dropout_seed: see ``embed_shared``. clock: gets this rank's seconds in data, forward,
     communication, loss and backward.
     Returns the loss's terms, how many passages were referred to and encoded, the tokens encoded and the
-    floating-point operations (in tera) that these take, of all ranks together. Raises
-    ``FloatingPointError`` naming the queries where the loss is not finite, ``ValueError`` where CLP has a
-    weight and the lists have no queries of their negatives.
+    floating-point operations (in tera) that these take, of all ranks together. Raises on every rank alike
+    ``NotFinite`` where the loss is not finite, naming the queries whose embedding or list is not, and
+    ``ValueError`` where CLP has a weight and the lists have no queries of their negatives.
     """
     clock = clock or Clock(student.device)
     unique = unique_passages(lists.passage_ids)
@@ -208,7 +216,11 @@ def training_step(
     clock.lap("loss")
     lengths = [len(row) for row in (*queries, *passages)]
     if not np.isfinite(values["loss"]):
-        raise FloatingPointError(f"the loss is not finite; queries {list(lists.query_ids)[:5]}")
+        broken_M = ~embeddings_MD.isfinite().all(dim=1).cpu().numpy()
+        broken_B = broken_M[[query_at[query_id] for query_id in lists.query_ids]]
+        broken_B |= broken_M[len(queries) :][unique.index_BK].any(axis=1)
+        at_fault = np.flatnonzero(broken_B) if broken_B.any() else range(len(broken_B))
+        raise NotFinite("loss", [lists.query_ids[b] for b in at_fault])
     backward(gradient_MD.to(embeddings_MD.dtype))
     return {
         **values,

@@ -20,6 +20,8 @@ MIDDLE = {
     "teacher",
     "step",
     "fit",
+    "checkpoints",
+    "selection",
     "report",
     "search",
     "bm25",
