@@ -4,6 +4,7 @@ Defaults stand only here; YAML files hold differences. Unknown keys are errors.
 """
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -38,6 +39,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "tokens_per_second": (_TINY, _MANY),
     },
     "student": {"max_query_tokens": (1, _MANY), "max_passage_tokens": (1, _MANY)},
+    "student.lora": {"r": (1, _MANY), "alpha": (_TINY, _MANY)},
     "retrieve": {"rrf_k": (0, _MANY)},
     "teacher": {"max_tokens": (1, _MANY)},
     "groups": {
@@ -118,12 +120,22 @@ class LlmConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Small additions to the student's layers, trained in place of its weights and merged at the end."""
+
+    r: int | None = None  # their rank; null: no LoRA
+    alpha: float | None = None  # they are scaled by alpha / r; null: twice r
+    targets: list[str] | None = None  # layers by the end of their names, as q_proj; null: every linear one
+
+
+@dataclass
 class StudentConfig:
     model: str = "all-MiniLM-L6-v2"  # bundled; or a sentence-transformers folder or hub id
     query_prompt: str | None = None  # null: the model's own
     passage_prompt: str | None = None
     max_query_tokens: int | None = None  # null: the model's own
     max_passage_tokens: int | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
     trust_remote_code: bool = False
 
 
@@ -184,6 +196,7 @@ class TrainConfig:
     infonce_temperature: float | None = None  # null: a fifth of the student's, as in the papers
     terms: TermsConfig = field(default_factory=TermsConfig)
     dropout: bool = False  # the student's own, while training
+    shard: bool = False  # FSDP2: the student's weights spread over the workers, where it fits on none
     dev_share: float = 0.1  # of the training queries, held out for dev measures
     dev_queries: int = 500  # and about so many at most
     passage_tokens: int | None = None  # training reads passages only so far; null: the student's own
@@ -361,6 +374,11 @@ def _check_values(config: Config) -> None:
         terms.clp == 0 or config.queries.negatives,
         "train.terms.clp: needs a query for every negative; set queries.negatives=true",
     )
+    need(
+        config.student.lora.r is None or importlib.util.find_spec("peft") is not None,
+        "student.lora: needs the package peft: pip install -c constraints.txt -e '.[lora]'",
+    )
+    need(config.student.lora.targets != [], "student.lora.targets: name at least one layer, or null")
     need(0 < config.train.dev_share < 1, "train.dev_share: must lie between 0 and 1")
     for section, ranges in RANGES.items():
         for key, (low, high) in ranges.items():

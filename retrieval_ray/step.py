@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from retrieval_ray.batching import cut_chunks, deal, excluded_mask, unique_passages
 from retrieval_ray.gradcache import embed_cached
@@ -86,8 +87,9 @@ def embed_shared(
 ) -> tuple[Tensor, Callable[[Tensor], None]]:
     """Embeddings of all queries, then all passages, computed by all ranks together.
 
-    keep_bytes: see ``embed_cached``. dropout_seed: None switches the student's dropout off; else each
-    chunk draws its masks from this and its number, in both passes and on whichever rank.
+    keep_bytes: see ``embed_cached``; 0 for a sharded student. dropout_seed: None switches the student's
+    dropout off; else each chunk draws its masks from this and its number, in both passes and on whichever
+    rank.
     Returns (embeddings_MD, backward); ``backward(gradient_MD)`` adds this rank's share to the
     parameters' gradients and then sums them over ranks.
     """
@@ -106,6 +108,15 @@ def embed_shared(
         for r in range(ranks)
     ]
 
+    order = [[i for _, _, positions in chunks for i in positions] for chunks in dealt]
+    sharded, fill = isinstance(student.model, FSDPModule), 0
+    if sharded:  # a rank's weights are with all others: all must go forward and backward alike
+        keep_bytes = 0
+        number, role, positions = pieces[-1]
+        spare = (number, role, positions[-1:])
+        fill = max(map(len, dealt)) - len(dealt[rank])
+        dealt[rank] += [spare] * fill
+
     def embed(piece: Piece) -> Tensor:
         number, role, positions = piece
         with _dropout(student, None if dropout_seed is None else [*dropout_seed, number]):
@@ -118,18 +129,19 @@ def embed_shared(
     else:
         own_ND, back = torch.zeros(0, student.dimension, device=student.device), lambda _: None
     clock.lap("forward")
-    order = [[i for _, _, positions in chunks for i in positions] for chunks in dealt]
-    gathered = _all_gather(own_ND, [len(positions) for positions in order])
+    gathered = _all_gather(own_ND[: len(order[rank])], [len(positions) for positions in order])
     embeddings_MD = torch.empty(len(rows), student.dimension, device=student.device)
     for positions, part in zip(order, gathered, strict=True):
         embeddings_MD[positions] = part
     clock.lap("communication")
 
     def backward(gradient_MD: Tensor) -> None:
+        own = gradient_MD[order[rank]]
         with student.autocast():
-            back(gradient_MD[order[rank]])
+            back(torch.cat([own, own.new_zeros(fill, own.shape[1])]))
         clock.lap("backward")
-        sum_gradients(student)
+        if not sharded:  # else summed already
+            sum_gradients(student)
         clock.lap("communication")
 
     return embeddings_MD, backward

@@ -2,51 +2,18 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from retrieval_ray.artifacts import Location
-from retrieval_ray.fit import CorpusData, Settings, fit
-from retrieval_ray.objective import Objective
-from retrieval_ray.step import Lists
+from retrieval_ray.fit import fit
 from retrieval_ray.student import Student
-
-SETTINGS = Settings(
-    objective=Objective({"kl": 1.0, "infonce": 0.1}, 0.1, 0.3, 0.05),
-    batch_queries=4,
-    max_epochs=2,
-    patience=5,
-    learning_rate=1e-3,
-    weight_decay=0.01,
-    clip_norm=1.0,
-    min_warmup_steps=1,
-    lr_floor=0.1,
-    passage_tokens=16,
-    chunk_tokens=100,
-    activation_bytes=None,
-    dropout=True,
-    checkpoint_seconds=0.0,  # after every step
-    seed=0,
-)
-
-
-class Killed(Exception):
-    pass
+from tests.corpora import SETTINGS, Killed, kill_at, tiny_corpus
 
 
 @pytest.fixture
 def corpus(words):
-    rng = np.random.default_rng(0)
-    passages = {f"p{n}": " ".join(rng.choice(words, rng.integers(3, 30))) for n in range(20)}
-    queries = {f"q{n}": " ".join(rng.choice(words, 4)) for n in range(14)}
-
-    def lists(names):
-        rows = [[str(p) for p in rng.choice(list(passages), 4, replace=False)] for _ in names]
-        return Lists(names, rows, rng.random((len(names), 4)), [[] for _ in names])
-
-    names = list(queries)
-    return CorpusData("tiny", lists(names[:10]), lists(names[10:]), passages, queries, {}, {})
+    return tiny_corpus(words)
 
 
 def _fit(folder, corpus, target, settings=SETTINGS, **more):
@@ -60,12 +27,8 @@ def test_a_run_killed_and_resumed_drops_the_same_and_ends_with_the_same_weights(
 ):
     whole, weights = _fit(student_folder, corpus, tmp_path / "whole")
 
-    def kill(step, total, terms):
-        if step == 4:
-            raise Killed
-
     with pytest.raises(Killed):
-        _fit(student_folder, corpus, tmp_path / "broken", on_step=kill)
+        _fit(student_folder, corpus, tmp_path / "broken", on_step=kill_at(4))
     torch.manual_seed(99)
     resumed, again = _fit(student_folder, corpus, tmp_path / "broken")
     assert (resumed.steps, resumed.history) == (whole.steps, whole.history)

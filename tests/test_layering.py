@@ -22,6 +22,8 @@ MIDDLE = {
     "fit",
     "checkpoints",
     "selection",
+    "sharding",
+    "lora",
     "report",
     "search",
     "bm25",

@@ -24,7 +24,7 @@ from retrieval_ray.stages.encode import Vectors, part_texts, student_arguments, 
 from retrieval_ray.stages.parts import run_parts
 from retrieval_ray.stages.queries import queries_table
 from retrieval_ray.stages.retrieve import FUSED, bm25_of
-from retrieval_ray.student import Student
+from retrieval_ray.student import TOKEN_VECTORS, Student
 from retrieval_ray.teacher import CrossEncoderTeacher, late_interaction
 
 VERSION = 1
@@ -115,7 +115,8 @@ def _teacher_id(context: Context, teacher: str, corpus: Stage, cross_encoder: Mo
     student = student_identity(context)
     settings = "-".join(f"{key}={student[key]!r}" for key in sorted(student) if key != "sha")
     numbers = "-".join(map(str, context.profile.numeric().values()))
-    return f"{teacher}@{context.student.sha[:16]}-{numbers}-{settings}"
+    version = f"-v{TOKEN_VECTORS}" if teacher == "late" else ""
+    return f"{teacher}@{context.student.sha[:16]}-{numbers}-{settings}{version}"
 
 
 def _pool(retrieved: Stage, depth: int) -> pa.Table:

@@ -11,21 +11,25 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.train
+import ray.train.torch
 import torch
 from ray.train.torch import TorchTrainer
 
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, Stage, digest, stage
 from retrieval_ray.batching import epoch_batches
+from retrieval_ray.checkpoints import load_weights
 from retrieval_ray.config import to_dict
 from retrieval_ray.errors import UserError
 from retrieval_ray.fit import CorpusData, Settings, fit
+from retrieval_ray.lora import add_lora
 from retrieval_ray.losses import calibrate_temperature
 from retrieval_ray.model_files import Model
 from retrieval_ray.objective import Objective
 from retrieval_ray.progress import progress, say
 from retrieval_ray.schedule import LEAST_STEPS, batch_size
 from retrieval_ray.selection import chosen
+from retrieval_ray.sharding import shard
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import Vectors, student_arguments, student_identity
@@ -48,6 +52,7 @@ def run(context: Context, corpora: list[Grouped]) -> Stage:
         "corpora": [[c.name, c.corpus.fingerprint, *_read_by_training(c)] for c in corpora],
         "depth": config.teacher.depth,
         "student": student_identity(context),
+        "lora": _lora(context),
         "train": {k: v for k, v in to_dict(config.train).items() if k not in _EXECUTION_KEYS},
         "seed": config.seed,
         "profile": {**context.profile.numeric(), "workers": _world(context)},
@@ -89,6 +94,12 @@ def run(context: Context, corpora: list[Grouped]) -> Stage:
 def _world(context: Context) -> int | str:
     """The number of workers decides the last bits of sums; an elastic run gives up that promise."""
     return context.profile.workers if context.config.compute.min_workers is None else "elastic"
+
+
+def _lora(context: Context) -> dict[str, Any] | None:
+    """What ``add_lora`` takes beside the student."""
+    lora = context.config.student.lora
+    return None if lora.r is None else {**vars(lora), "seed": context.config.seed}
 
 
 def _read_by_training(corpus: Grouped) -> list[str]:
@@ -221,6 +232,8 @@ def _trainer(
             "corpora": corpora,
             "settings": settings,
             "student": student_arguments(context),
+            "lora": _lora(context),
+            "shard": context.config.train.shard,
             "threads": context.profile.threads,
             "folder": target.folder,
             "depth": context.config.teacher.depth,
@@ -248,7 +261,9 @@ def _train_worker(config: dict[str, Any]) -> None:
     """Runs on each worker of the TorchTrainer."""
     torch.set_num_threads(config["threads"])
     rank = ray.train.get_context().get_world_rank()
-    student = Student(**config["student"])
+    student, merge = _student(config)
+    if config["shard"]:
+        shard(student, ray.train.torch.get_device())
     folder: Location = config["folder"]
 
     def on_step(step: int, total: int, terms: Mapping[str, float]) -> None:
@@ -271,6 +286,11 @@ def _train_worker(config: dict[str, Any]) -> None:
         should_checkpoint=_preemption_notice(),
     )
     if rank == 0:
+        if config["shard"]:
+            student, merge = _student(config)
+            if done.best_epoch is not None:
+                load_weights(student, folder / "best.safetensors")
+        merge()
         with tempfile.TemporaryDirectory() as local:
             student.save(local)
             Location.of(local).copy_to(folder / "candidate")
@@ -282,6 +302,14 @@ def _train_worker(config: dict[str, Any]) -> None:
                 "best_epoch": done.best_epoch,
             }
         )
+
+
+def _student(config: Mapping[str, Any]) -> tuple[Student, Callable[[], None]]:
+    """The student to train, whole, and the function that merges its LoRA, if it has one."""
+    student = Student(**config["student"] | ({"device": "cpu"} if config["shard"] else {}))
+    if config["lora"] is None:
+        return student, lambda: None
+    return student, add_lora(student, **config["lora"])
 
 
 def _preemption_notice() -> Callable[[], bool]:
