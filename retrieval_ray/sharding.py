@@ -25,7 +25,8 @@ def shard(student: Student, device: torch.device) -> None:
     else:
         mesh = init_device_mesh(device.type, (world()[1],))
         for module in (*_layers(student.model), student.model):
-            whole = fully_shard(module, mesh=mesh)
+            # the root's too, which else lie whole after a pass without gradient: no checkpoint must see that
+            whole = fully_shard(module, mesh=mesh, reshard_after_forward=True)
             whole.set_gradient_divide_factor(1.0)  # the sum, not the mean: a loss is of the whole batch
             whole.set_force_sum_reduction_for_comms(True)
     student.device = device
