@@ -374,10 +374,11 @@ def _check_values(config: Config) -> None:
         terms.clp == 0 or config.queries.negatives,
         "train.terms.clp: needs a query for every negative; set queries.negatives=true",
     )
-    need(
-        config.student.lora.r is None or importlib.util.find_spec("peft") is not None,
-        "student.lora: needs the package peft: pip install -c constraints.txt -e '.[lora]'",
-    )
+    for key in ("alpha", "targets"):
+        need(
+            config.student.lora.r is not None or getattr(config.student.lora, key) is None,
+            f"student.lora.{key}: has no effect without student.lora.r",
+        )
     need(config.student.lora.targets != [], "student.lora.targets: name at least one layer, or null")
     need(0 < config.train.dev_share < 1, "train.dev_share: must lie between 0 and 1")
     for section, ranges in RANGES.items():
@@ -430,3 +431,7 @@ def _check_values(config: Config) -> None:
                 number_like and 0 < float(share) <= 1,
                 f"{where}.{key}: the share after ':' must lie in (0, 1]",
             )
+    need(
+        config.student.lora.r is None or importlib.util.find_spec("peft") is not None,
+        "student.lora: needs the package peft: pip install -c constraints.txt -e '.[lora]'",
+    )

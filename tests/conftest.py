@@ -4,6 +4,7 @@ The models are folders as users have them (safetensors, tokenizer, pooling), sma
 a fraction of a second. Their weights are drawn wide, so that different texts differ.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Callable
@@ -132,3 +133,11 @@ def make_cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 def cross_encoder_folder(make_cross_encoder: Callable[..., str]) -> str:
     """A tiny cross-encoder with one output."""
     return make_cross_encoder(1)
+
+
+@pytest.fixture(scope="session")
+def make_family(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A function that gives the folder of a tiny student of a family (see ``families.py``)."""
+    from tests.families import save_family
+
+    return functools.cache(lambda family: save_family(family, words, tmp_path_factory.mktemp("family")))

@@ -12,118 +12,17 @@ from retrieval_ray.objective import Objective
 from retrieval_ray.step import Lists, training_step
 from retrieval_ray.student import Student
 from tests import oracles
-
-HIDDEN, TOKENS = 32, 40
-INSTRUCTION = "ba co di : "  # stands before queries; words that the tokenizer knows
-SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
-
-
-def _tokenizer(words, ends, **more):
-    """A word-level tokenizer; ``ends``: what it puts around a text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    names = [*SPECIAL, ":", *words]
-    inner = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = processors.TemplateProcessing(
-        single=ends, special_tokens=[(name, n) for n, name in enumerate(SPECIAL)]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", **more)
-    return tokenizer, len(names)
-
-
-def _modernbert(vocabulary):
-    from transformers import ModernBertConfig, ModernBertModel
-
-    return ModernBertModel(
-        ModernBertConfig(
-            vocab_size=vocabulary, hidden_size=HIDDEN, num_hidden_layers=3, num_attention_heads=2,
-            intermediate_size=48, max_position_embeddings=TOKENS, local_attention=8,
-            global_attn_every_n_layers=2, pad_token_id=1, bos_token_id=0, eos_token_id=2, cls_token_id=0,
-            sep_token_id=2, initializer_range=0.3, initializer_cutoff_factor=2.0,
-        )
-    )  # fmt: skip
-
-
-def _xlm_r(vocabulary):
-    from transformers import XLMRobertaConfig, XLMRobertaModel
-
-    return XLMRobertaModel(
-        XLMRobertaConfig(
-            vocab_size=vocabulary, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=64, max_position_embeddings=TOKENS + 2, type_vocab_size=1, pad_token_id=1,
-            bos_token_id=0, eos_token_id=2, initializer_range=0.3,
-        )
-    )  # fmt: skip
-
-
-def _qwen3(vocabulary):
-    from transformers import Qwen3Config, Qwen3Model
-
-    return Qwen3Model(
-        Qwen3Config(
-            vocab_size=vocabulary, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, intermediate_size=64, max_position_embeddings=TOKENS,
-            bos_token_id=None, eos_token_id=2, initializer_range=0.3,
-        )
-    )  # fmt: skip
-
-
-_ENDS, _BEHIND = "<s> $A </s>", "$A </s>"
-FAMILIES = {  # backbone, tokenizer, pooling, prompts
-    "modernbert": (_modernbert, _ENDS, {"pad_token": "<pad>"}, "mean", {}),
-    "xlm-r": (_xlm_r, _ENDS, {"pad_token": "<pad>"}, "cls", {}),
-    "decoder, padded left": (
-        _qwen3, _BEHIND, {"pad_token": "<pad>", "padding_side": "left"}, "lasttoken", {"query": INSTRUCTION}
-    ),
-    "decoder, padded right": (
-        _qwen3, _BEHIND, {"pad_token": "<pad>", "padding_side": "right"}, "lasttoken", {"query": INSTRUCTION}
-    ),
-    "decoder, no padding token": (_qwen3, _BEHIND, {}, "lasttoken", {"query": INSTRUCTION}),
-    "decoder, mean without its prompt": (
-        _qwen3, "$A", {"pad_token": "<pad>", "padding_side": "left"}, "mean", {"query": INSTRUCTION}
-    ),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def make(words, tmp_path_factory):
-    """A function that writes the sentence-transformers folder of a family."""
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-
-            backbone, ends, more, pooling, prompts = FAMILIES[family]
-            tokenizer, vocabulary = _tokenizer(words, ends, **more)
-            place = tmp_path_factory.mktemp("family")
-            torch.manual_seed(0)
-            backbone(vocabulary).save_pretrained(place / "backbone")
-            tokenizer.save_pretrained(place / "backbone")
-            modules = [
-                Transformer(str(place / "backbone")),
-                Pooling(HIDDEN, pooling_mode=pooling, include_prompt="without" not in family),
-                Normalize(),
-            ]
-            model = SentenceTransformer(modules=modules, device="cpu", prompts=prompts)
-            model.save(str(place / "student"), create_model_card=False)
-            made[family] = str(place / "student")
-        return made[family]
-
-    return folder
+from tests.families import FAMILIES, INSTRUCTION, SPECIAL, TOKENS, texts_of_any_length
 
 
 @pytest.fixture(params=FAMILIES)
-def folder(request, make):
-    return make(request.param)
+def folder(request, make_family):
+    return make_family(request.param)
 
 
 @pytest.fixture(scope="module")
 def texts(words):
-    rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(words, length)) for length in rng.integers(1, TOKENS - 8, 20)]
+    return texts_of_any_length(words)
 
 
 def _student(folder, **more):
@@ -153,8 +52,8 @@ def test_encode_is_sentence_transformers_own(folder, texts, role):
     assert np.abs(expected[0] - expected[1]).max() > 0.01
 
 
-def test_the_instruction_does_something(make, texts):
-    student = _student(make("decoder, padded left"))
+def test_the_instruction_does_something(make_family, texts):
+    student = _student(make_family("decoder, padded left"))
     query, passage = (student.encode(texts, role, token_budget=500) for role in ("query", "passage"))
     assert np.abs(query - passage).max() > 0.01
 
@@ -220,9 +119,9 @@ def test_trained_and_saved_it_is_loaded_by_plain_sentence_transformers(folder, t
 
 
 @pytest.mark.parametrize("role", ["query", "passage"])
-def test_token_vectors_are_of_the_texts_own_tokens(make, texts, role):
+def test_token_vectors_are_of_the_texts_own_tokens(make_family, texts, role):
     """Neither the instruction nor what ends a text, but read after the instruction."""
-    folder = make("decoder, padded left")
+    folder = make_family("decoder, padded left")
     plain, prompt = SentenceTransformer(folder, device="cpu"), INSTRUCTION if role == "query" else ""
     found = _student(folder).token_vectors(texts, role, token_budget=150)
     for text, vectors in zip(texts, found, strict=True):
@@ -233,9 +132,9 @@ def test_token_vectors_are_of_the_texts_own_tokens(make, texts, role):
         torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
 
 
-def test_a_text_is_cut_where_positions_end(words, make, tmp_path):
+def test_a_text_is_cut_where_positions_end(words, make_family, tmp_path):
     """XLM-R's config counts two positions that no text can have; its tokenizer may promise any number."""
-    folder, text = make("xlm-r"), " ".join(words[: 3 * TOKENS])
+    folder, text = make_family("xlm-r"), " ".join(words[: 3 * TOKENS])
     with pytest.raises((IndexError, RuntimeError)):
         SentenceTransformer(folder, device="cpu").encode(text)
     student = _student(folder)
@@ -247,7 +146,7 @@ def test_a_text_is_cut_where_positions_end(words, make, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["modernbert", "decoder, padded left"])
-def test_a_long_text_is_cut_at_the_models_own_limit(words, make, family):
+def test_a_long_text_is_cut_at_the_models_own_limit(words, make_family, family):
     text = " ".join(words[: 3 * TOKENS])
-    (row,) = _student(make(family)).tokenize([text], "query")
+    (row,) = _student(make_family(family)).tokenize([text], "query")
     assert len(row) == TOKENS and row[-1] == SPECIAL.index("</s>")  # what the last token pools is kept

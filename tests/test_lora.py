@@ -11,18 +11,28 @@ from sentence_transformers import SentenceTransformer
 from retrieval_ray.artifacts import Location
 from retrieval_ray.errors import UserError
 from retrieval_ray.fit import fit
+from retrieval_ray.lora import add_lora
+from retrieval_ray.student import Student
 from tests.corpora import SETTINGS, Killed, kill_at, tiny_corpus
-from tests.test_families import _student, make, texts  # noqa: F401
+from tests.families import texts_of_any_length
 
 pytest.importorskip("peft")
-from retrieval_ray.lora import add_lora
 
 ONCE = replace(SETTINGS, max_epochs=1, dropout=False, learning_rate=1e-2)
 
 
 @pytest.fixture(params=["xlm-r", "decoder, padded left"])
-def folder(request, make):  # noqa: F811
-    return make(request.param)
+def folder(request, make_family):
+    return make_family(request.param)
+
+
+@pytest.fixture(scope="module")
+def texts(words):
+    return texts_of_any_length(words)
+
+
+def _student(folder):
+    return Student(folder, precision="float32", device="cpu")
 
 
 def _fitted(folder, words, target, **more):
@@ -36,7 +46,7 @@ def _parameters(student):
     return {name: p.detach().clone() for name, p in student.model.named_parameters()}
 
 
-def test_lora_begins_as_the_student_and_leaves_its_weights_alone(folder, texts, words, tmp_path):  # noqa: F811
+def test_lora_begins_as_the_student_and_leaves_its_weights_alone(folder, texts, words, tmp_path):
     plain, fresh = _student(folder), _student(folder)
     merge = add_lora(fresh, r=4, alpha=None, targets=None, seed=0)
     before = _parameters(fresh)
@@ -52,7 +62,7 @@ def test_lora_begins_as_the_student_and_leaves_its_weights_alone(folder, texts, 
     merge()
 
 
-def test_merged_and_saved_it_is_an_ordinary_model(folder, texts, words, tmp_path):  # noqa: F811
+def test_merged_and_saved_it_is_an_ordinary_model(folder, texts, words, tmp_path):
     student, merge, _ = _fitted(folder, words, tmp_path / "training")
     vectors = {role: student.encode(texts, role, token_budget=200) for role in ("query", "passage")}
     merge()
@@ -87,10 +97,10 @@ def test_every_rank_draws_the_same_additions(folder):
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
 
 
-def test_layers_are_named_by_their_ends(make):  # noqa: F811
-    student = _student(make("decoder, padded left"))
+def test_layers_are_named_by_their_ends(make_family):
+    student = _student(make_family("decoder, padded left"))
     add_lora(student, r=2, alpha=None, targets=["q_proj", "v_proj"], seed=0)
     trained = {name.split(".")[-4] for name, p in student.model.named_parameters() if p.requires_grad}
     assert trained == {"q_proj", "v_proj"}
     with pytest.raises(UserError, match=r"student\.lora\.targets.*query_projection"):
-        add_lora(_student(make("xlm-r")), r=2, alpha=None, targets=["query_projection"], seed=0)
+        add_lora(_student(make_family("xlm-r")), r=2, alpha=None, targets=["query_projection"], seed=0)

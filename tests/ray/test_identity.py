@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from retrieval_ray.artifacts import Location, Stage, stage
-from retrieval_ray.config import Config, DatasetConfig
+from retrieval_ray.config import Config, DatasetConfig, LoraConfig
 from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.model_files import Model
 from retrieval_ray.sources import Source
-from retrieval_ray.stages import encode, ingest, score
+from retrieval_ray.stages import encode, ingest, score, train
 from retrieval_ray.stages.collection import Collection, Ranked, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.profile import Profile
@@ -128,3 +128,33 @@ def test_teachers_that_differ_share_no_score(context: Context, names: Callable[.
     assert len(ids) == 4 + 2 + 1
     caches = [ContentCache(context.store / "scores", one, SCORE) for one in ids]
     assert len({cache.folder.path for cache in caches}) == len({cache.key("q", "p") for cache in caches}) == 7
+
+
+def compute(**values: Any) -> Change:
+    return lambda run: replace(run, config=replace(run.config, compute=replace(run.config.compute, **values)))
+
+
+def trained(run: Context, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(Context, "start", lambda *_: False)
+    return train.run(run, []).fingerprint
+
+
+def test_training_is_named_after_its_workers_unless_they_may_come_and_go(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of workers decides the last bits of sums; an elastic run may go on with any number."""
+    fixed = [trained(profile(workers=n)(context), monkeypatch) for n in (1, 2)]
+    elastic = [
+        trained(profile(workers=most)(compute(workers=most, min_workers=least)(context)), monkeypatch)
+        for least, most in ((1, 2), (1, 4), (3, 4))
+    ]
+    assert len(set(fixed)) == 2 and len(set(elastic)) == 1 and not set(fixed) & set(elastic)
+
+
+def test_training_is_named_after_its_lora(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = trained(context, monkeypatch)
+    names = {
+        trained(student(lora=LoraConfig(**lora))(context), monkeypatch)
+        for lora in ({"r": 4}, {"r": 8}, {"r": 8, "alpha": 8.0}, {"r": 8, "targets": ["q_proj"]})
+    }
+    assert len(names) == 4 and before not in names
