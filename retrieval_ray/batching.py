@@ -10,25 +10,31 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 
-def epoch_batches(sizes: Sequence[int], batch: int, *, seed: int, epoch: int) -> list[tuple[int, Indices]]:
+def epoch_batches(
+    sizes: Sequence[int], batch: int, *, seed: int, epoch: int, seen: Sequence[int] = (), turn: int = 0
+) -> list[tuple[int, Indices]]:
     """The batches of one epoch as (corpus, indices into its lists), the same for the same seed.
 
     Each batch holds one corpus only; corpora take turns until each is exhausted (method of the
     general CADET trainer). The last batch of a corpus is short rather than dropped, unless it would
     hold less than a quarter of a batch: then it is spread over the batches before it.
+    seen, turn: how many lists of each corpus the epoch has had already, and the corpus whose turn it is;
+    what is left of the epoch comes back, cut anew where the batch is of another size.
     """
-    queues = []
+    queues: list[list[Indices]] = []
     for corpus, size in enumerate(sizes):
-        order = np.random.default_rng([seed, epoch, corpus]).permutation(size)
-        count = max(1, size // batch + (1 if size % batch >= batch / 4 else 0))
-        if size % batch >= batch / 4 or size < batch:
-            cuts = [order[i * batch : (i + 1) * batch] for i in range(count)]
+        order = np.random.default_rng([seed, epoch, corpus]).permutation(size).astype(np.int64)
+        left = order[seen[corpus] if seen else 0 :]
+        whole, rest = divmod(len(left), batch)
+        if whole and rest < batch / 4:
+            queues.append(np.array_split(left, whole))
         else:
-            cuts = list(np.array_split(order, count))
-        queues.append([(corpus, cut.astype(np.int64)) for cut in cuts if len(cut)])
+            queues.append([left[start : start + batch] for start in range(0, len(left), batch)])
     batches: list[tuple[int, Indices]] = []
-    for turn in range(max(map(len, queues), default=0)):
-        batches += [queue[turn] for queue in queues if turn < len(queue)]
+    while any(queues):
+        if queues[turn]:
+            batches.append((turn, queues[turn].pop(0)))
+        turn = (turn + 1) % len(queues)
     return batches
 
 

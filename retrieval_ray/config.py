@@ -4,6 +4,7 @@ Defaults stand only here; YAML files hold differences. Unknown keys are errors.
 """
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -16,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from retrieval_ray.errors import UserError
+from retrieval_ray.negatives import NEGATIVES
 from retrieval_ray.prompts import KINDS
 from retrieval_ray.sampling import WAYS
-from retrieval_ray.selection import NEGATIVES
 
 ENGINES = ("vllm", "endpoint")
 SOURCES = ("log", "extractive", "llm")
@@ -44,6 +45,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "tokens_per_second": (_TINY, _MANY),
     },
     "student": {"max_query_tokens": (1, _MANY), "max_passage_tokens": (1, _MANY)},
+    "student.lora": {"r": (1, _MANY), "alpha": (_TINY, _MANY)},
     "retrieve": {
         "rrf_k": (0, _MANY), "nlist": (1, _MANY), "nprobe": (1, _MANY), "pq_bytes": (1, _MANY),
         "min_recall": (0, 1),
@@ -74,8 +76,8 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "ranking": (0, _MANY), "clp": (0, _MANY),
     },
     "compute": {
-        "workers": (1, _MANY), "cpus_per_worker": (1, _MANY), "gpus_per_worker": (0, _MANY),
-        "threads": (1, _MANY), "token_budget": (1, _MANY),
+        "workers": (1, _MANY), "min_workers": (1, _MANY), "cpus_per_worker": (1, _MANY),
+        "gpus_per_worker": (0, _MANY), "threads": (1, _MANY), "token_budget": (1, _MANY),
     },
 }  # fmt: skip
 
@@ -135,12 +137,22 @@ class LlmConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Small additions to the student's layers, trained in place of its weights and merged at the end."""
+
+    r: int | None = None  # their rank; null: no LoRA
+    alpha: float | None = None  # they are scaled by alpha / r; null: twice r
+    targets: list[str] | None = None  # layers by the end of their names, as q_proj; null: every linear one
+
+
+@dataclass
 class StudentConfig:
     model: str = "all-MiniLM-L6-v2"  # bundled; or a sentence-transformers folder or hub id
     query_prompt: str | None = None  # null: the model's own
     passage_prompt: str | None = None
     max_query_tokens: int | None = None  # null: the model's own
     max_passage_tokens: int | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
     trust_remote_code: bool = False
 
 
@@ -246,6 +258,7 @@ class TrainConfig:
     infonce_temperature: float | None = None  # null: a fifth of the student's, as in the papers
     terms: TermsConfig = field(default_factory=TermsConfig)
     dropout: bool = False  # the student's own, while training
+    shard: bool = False  # FSDP2: the student's weights spread over the workers, where it fits on none
     dev_share: float = 0.1  # of the training queries, held out for dev measures
     dev_queries: int = 500  # and about so many at most
     passage_tokens: int | None = None  # training reads passages only so far; null: the student's own
@@ -282,12 +295,17 @@ class RerankerConfig:
 @dataclass
 class ComputeConfig:
     workers: int = 1
+    min_workers: int | None = None  # elastic: with so many work goes on; null: with all of them
     logical_cpus: int = 8  # of the local cluster that a job starts itself
     cpus_per_worker: int = 1
     gpus_per_worker: float | None = None  # null: 1 where the cluster has GPUs
     precision: str | None = None  # float32 | bfloat16; null: probed
     threads: int | None = None  # per worker; null: the machine's cores shared out
     token_budget: int | None = None  # of one encoding batch, padding included; null: 4,096, on GPUs 16,384
+
+    def fewest_workers(self) -> int:
+        """With how many workers a job can begin."""
+        return self.min_workers or self.workers
 
 
 @dataclass
@@ -469,11 +487,21 @@ def _check_values(config: Config) -> None:
         terms.clp == 0 or config.queries.negatives,
         "train.terms.clp: needs a query for every negative; set queries.negatives=true",
     )
+    for key in ("alpha", "targets"):
+        need(
+            config.student.lora.r is not None or getattr(config.student.lora, key) is None,
+            f"student.lora.{key}: has no effect without student.lora.r",
+        )
+    need(config.student.lora.targets != [], "student.lora.targets: name at least one layer, or null")
     need(0 < config.train.dev_share < 1, "train.dev_share: must lie between 0 and 1")
     for section, ranges in RANGES.items():
         for key, (low, high) in ranges.items():
             value = getattr(attrgetter(section)(config), key)
             need(value is None or low <= value <= high, f"{section}.{key}: must lie in [{low}, {high}]")
+    need(
+        config.compute.fewest_workers() <= config.compute.workers,
+        "compute.min_workers: must not be more than compute.workers",
+    )
     need(
         config.compute.logical_cpus >= 8,
         "compute.logical_cpus: must be at least 8: on fewer, streaming stages starve each other. They are "
@@ -517,6 +545,10 @@ def _check_values(config: Config) -> None:
                 number_like and 0 < float(share) <= 1,
                 f"{where}.{key}: the share after ':' must lie in (0, 1]",
             )
+    need(
+        config.student.lora.r is None or importlib.util.find_spec("peft") is not None,
+        "student.lora: needs the package peft: pip install -c constraints.txt -e '.[lora]'",
+    )
 
 
 def _check_teacher(teacher: TeacherConfig) -> None:

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from retrieval_ray.groups import combine
 from retrieval_ray.metrics import Difference, Qrels, paired_difference, per_query
+from retrieval_ray.negatives import Scores
 from retrieval_ray.runs import top_k
-from retrieval_ray.selection import Scores
 
 FOLDS = 5
 _STEPS = 8  # weights are multiples of 1/8

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retrieval_ray.selection import NEGATIVES, Margins, Scores, too_close
+from retrieval_ray.negatives import NEGATIVES, Margins, Scores, too_close
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def build(
 ) -> Group | tuple[str, str]:
     """The list of K of one query, or (reason, detail) where none can be made.
 
-    ``negatives`` names the rule (``selection.NEGATIVES``) by which K - 1 passages of the pool join the
+    ``negatives`` names the rule (``negatives.NEGATIVES``) by which K - 1 passages of the pool join the
     positive; they are then ordered by falling teacher score.
 
     The 60 % rule: every judged passage whose normalised score is over ``false_negative_ratio`` times

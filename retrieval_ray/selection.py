@@ -1,79 +1,159 @@
-"""Which passages of a judged pool become a list's negatives, and which are too close to its positive.
+"""Which epoch to return: dev measures, and the choice by them."""
 
-A pool is given by positions: ``ranked`` in the order of retrieval, ``scores_N`` the teacher's scores.
-"""
-
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
-Scores = npt.NDArray[np.float64]
-Choice = Callable[[Sequence[int], Sequence[int], Scores, int], list[int]]
+from retrieval_ray.batching import unique_passages
+from retrieval_ray.losses import listwise_kl
+from retrieval_ray.metrics import Qrels, per_query
+from retrieval_ray.runs import top_k
+from retrieval_ray.step import Lists, embed_shared
+from retrieval_ray.student import Role, Student
+from retrieval_ray.tokens import Tokens
 
-
-def top(ranked: Sequence[int], by_score: Sequence[int], scores_N: Scores, count: int) -> list[int]:
-    """The first in the order of retrieval, a retriever's own top K (CADET, arXiv 2505.19274)."""
-    first = set(ranked[:count])
-    return [i for i in by_score if i in first]
-
-
-def spread(ranked: Sequence[int], by_score: Sequence[int], scores_N: Scores, count: int) -> list[int]:
-    """Even steps of the teacher's order, from its first to its last: quantiles of the pool's scores.
-
-    As many passages lie between any two neighbours, so a list is distributed as its pool is
-    (deterministic stratified sampling over score quantiles, arXiv 2604.04734).
-    """
-    return [by_score[step] for step in np.linspace(0, len(by_score) - 1, count).astype(int)]
-
-
-def stratified(ranked: Sequence[int], by_score: Sequence[int], scores_N: Scores, count: int) -> list[int]:
-    """Even steps of the teacher's score, from the highest to the lowest: the whole range alike.
-
-    Each step takes the passage not taken yet that scores nearest to it. Where a pool holds a few good
-    passages and many poor ones, ``spread`` shows mostly poor ones and this shows the slope between
-    (arXiv 2604.04734 asks for uniform cover of the score spectrum).
-    """
-    free, chosen = list(by_score), set()
-    highest, lowest = scores_N[by_score[0]], scores_N[by_score[-1]]
-    for target in np.linspace(highest, lowest, count):
-        nearest = min(free, key=lambda i: abs(scores_N[i] - target))  # the first of equals
-        free.remove(nearest)
-        chosen.add(nearest)
-    return [i for i in by_score if i in chosen]
-
-
-NEGATIVES: dict[str, Choice] = {"top": top, "spread": spread, "stratified": stratified}
+_KL_GUARD = 1.5  # times the untouched student's
+Rows = Mapping[Role, Mapping[str, Tokens]]
 
 
 @dataclass(frozen=True)
-class Margins:
-    """How far below its positive a negative must score (NV-Retriever, arXiv 2407.15831, section 3).
+class Dev:
+    """What the dev measures of one corpus read: lists held out, and judged queries where there are some."""
 
-    relative: a negative scores at most positive - relative x |positive| (TopK-PercPos: .05 is the paper's
-    95 %); absolute: at most positive - absolute (TopK-MarginPos). In the paper both act on the similarity
-    of the embedding model that mines; which scores they act on here is the caller's choice.
+    lists: Lists
+    qrels: Qrels
+    pools: Mapping[str, Sequence[str]]  # passages that a judged query's order is made of
+    rows: Rows  # tokens of all of these
+
+
+def chosen(history: Sequence[Mapping[str, float]]) -> int:
+    """The epoch to return, 0 being the untouched student.
+
+    With judged dev queries the highest nDCG@10. Without, the highest nDCG@10 against the teacher's
+    order, the dev KL being a guard: an epoch far from the teacher's distribution is not taken. The KL
+    itself does not choose: it fell while quality fell, and rose while quality rose (LOG.md).
     """
+    base = history[0]
+    best, best_value = 0, _value(base)
+    for row in history[1:]:
+        if "dev_ndcg@10" not in row and row["dev_kl"] > _KL_GUARD * base["dev_kl"]:
+            continue
+        if _value(row) > best_value:
+            best, best_value = int(row["epoch"]), _value(row)
+    return best
 
-    relative: float | None = None
-    absolute: float | None = None
 
-    def limit(self, positive: float) -> float:
-        """The highest score a negative may have; below the positive's, also where that is negative."""
-        return min(
-            positive - self.relative * abs(positive) if self.relative is not None else math.inf,
-            positive - self.absolute if self.absolute is not None else math.inf,
+def candidate(history: Sequence[Mapping[str, float]]) -> int:
+    """The best trained epoch, whether or not it beats the untouched student."""
+    picked = chosen(history)
+    if picked:
+        return picked
+    return int(max(history[1:], key=lambda row: (_value(row), -row["epoch"]))["epoch"])
+
+
+def _value(row: Mapping[str, float]) -> float:
+    return row["dev_ndcg@10"] if "dev_ndcg@10" in row else row["teacher_ndcg@10"]
+
+
+def evaluate(
+    student: Student,
+    corpora: Sequence[Dev],
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    chunk_tokens: int,
+) -> dict[str, float]:
+    """Dev measures, averaged over corpora by their number of dev queries.
+
+    ``dev_ndcg@10`` on judged queries over their pools where any corpus has them; ``dev_kl`` and
+    ``teacher_ndcg@10`` (the teacher's favourites as relevant) on the lists held out.
+    """
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+
+    def add(name: str, value: float, weight: int) -> None:
+        sums[name] = sums.get(name, 0.0) + value * weight
+        weights[name] = weights.get(name, 0.0) + weight
+
+    for dev in corpora:
+        count = len(dev.lists.query_ids)
+        if count:
+            student_BK = scores_of_lists(student, dev.lists, dev.rows, chunk_tokens)
+            teacher_BK = torch.from_numpy(np.asarray(dev.lists.teacher_BK, dtype=np.float64))
+            kl = listwise_kl(
+                student_BK,
+                teacher_BK,
+                student_temperature=student_temperature,
+                teacher_temperature=teacher_temperature,
+            )
+            add("dev_kl", float(kl), count)
+            add("teacher_ndcg@10", _ndcg_against(student_BK.numpy(), teacher_BK.numpy()), count)
+        if dev.qrels:
+            queries = sorted(dev.qrels)
+            pools = [list(dev.pools.get(query, ())) for query in queries]
+            run = _rank_pools(student, queries, pools, dev.rows, chunk_tokens)
+            values = per_query(dev.qrels, run)
+            add("dev_ndcg@10", sum(row["ndcg@10"] for row in values.values()) / len(values), len(values))
+    return {name: sums[name] / weights[name] for name in sums}
+
+
+def scores_of_lists(student: Student, lists: Lists, rows: Rows, chunk_tokens: int) -> Tensor:
+    """student_BK: cosines of each query with its own list, float64, no graph."""
+    unique = unique_passages(lists.passage_ids)
+    queries_BD, passages_ND = _embed(student, list(lists.query_ids), unique.passage_ids, rows, chunk_tokens)
+    index_BK = torch.from_numpy(unique.index_BK)
+    return torch.einsum("bd,bkd->bk", queries_BD, passages_ND[index_BK])
+
+
+def _rank_pools(
+    student: Student,
+    queries: list[str],
+    pools: list[list[str]],
+    rows: Rows,
+    chunk_tokens: int,
+) -> dict[str, list[str]]:
+    passages = list(dict.fromkeys(passage for pool in pools for passage in pool))
+    position = {passage: n for n, passage in enumerate(passages)}
+    queries_BD, passages_ND = _embed(student, queries, passages, rows, chunk_tokens)
+    run = {}
+    for b, (query, pool) in enumerate(zip(queries, pools, strict=True)):
+        scores = passages_ND[[position[p] for p in pool]] @ queries_BD[b]
+        run[query] = [p for p, _ in top_k(pool, scores.tolist(), len(pool))]
+    return run
+
+
+def _embed(
+    student: Student,
+    queries: list[str],
+    passages: list[str],
+    rows: Rows,
+    chunk_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        embeddings_MD, _ = embed_shared(
+            student,
+            [rows["query"][query] for query in queries],
+            [rows["passage"][passage] for passage in passages],
+            chunk_tokens=2 * chunk_tokens,  # no graph is made
         )
+    doubles = embeddings_MD.double().cpu()
+    return doubles[: len(queries)], doubles[len(queries) :]
 
 
-def too_close(scores_N: Scores, positive: int, margins: Margins, *, floor: float) -> list[int]:
-    """Positions that score over the limit, the positive itself left out.
+def _ndcg_against(student_BK: Any, teacher_BK: Any) -> float:
+    """Mean nDCG@10 of the student's order, with exp(z / 0.5) of the teacher's scores as gains.
 
-    NaN stands for a passage that the scorer did not retrieve. Such a passage is never too close; such a
-    positive counts as ``floor``, the lowest score of what was retrieved.
+    z: the teacher's scores standardised per list, so that its few favourites carry the measure. Of six
+    kinds of gains this one followed judged nDCG best on two collections (LOG.md).
     """
-    own = float(scores_N[positive])
-    limit = margins.limit(floor if math.isnan(own) else own)
-    return [i for i in range(len(scores_N)) if i != positive and scores_N[i] > limit]
+    deviation_B1 = np.maximum(teacher_BK.std(axis=1, keepdims=True), 1e-9)
+    gains_BK = np.exp((teacher_BK - teacher_BK.max(axis=1, keepdims=True)) / deviation_B1 / 0.5)
+    by_student_BK = np.take_along_axis(gains_BK, np.argsort(-student_BK, axis=1, kind="stable"), 1)
+    ideal_BK = -np.sort(-gains_BK, axis=1)
+    discount = 1 / np.log2(np.arange(2, 12))[: student_BK.shape[1]]
+    width = len(discount)
+    return float(np.mean((by_student_BK[:, :width] @ discount) / (ideal_BK[:, :width] @ discount)))

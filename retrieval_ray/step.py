@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from retrieval_ray.batching import cut_chunks, deal, excluded_mask, unique_passages
 from retrieval_ray.gradcache import embed_cached
@@ -38,6 +39,14 @@ class Lists:
     excluded_ids: Sequence[Sequence[str]]
     # the query that each negative does answer (K - 1 a list, None where unknown), for CLP
     negative_query_ids: Sequence[Sequence[str | None]] | None = None
+
+
+class NotFinite(FloatingPointError):
+    """A step's loss or gradient is not finite. query_ids: of the batch's queries, five at most."""
+
+    def __init__(self, what: str, query_ids: Sequence[str]) -> None:
+        self.what, self.query_ids = what, list(query_ids[:5])
+        super().__init__(f"the {what} is not finite; queries {', '.join(self.query_ids)}")
 
 
 class Clock:
@@ -78,8 +87,9 @@ def embed_shared(
 ) -> tuple[Tensor, Callable[[Tensor], None]]:
     """Embeddings of all queries, then all passages, computed by all ranks together.
 
-    keep_bytes: see ``embed_cached``. dropout_seed: None switches the student's dropout off; else each
-    chunk draws its masks from this and its number, in both passes and on whichever rank.
+    keep_bytes: see ``embed_cached``; 0 for a sharded student. dropout_seed: None switches the student's
+    dropout off; else each chunk draws its masks from this and its number, in both passes and on whichever
+    rank.
     Returns (embeddings_MD, backward); ``backward(gradient_MD)`` adds this rank's share to the
     parameters' gradients and then sums them over ranks.
     """
@@ -98,6 +108,15 @@ def embed_shared(
         for r in range(ranks)
     ]
 
+    order = [[i for _, _, positions in chunks for i in positions] for chunks in dealt]
+    sharded, fill = isinstance(student.model, FSDPModule), 0
+    if sharded:  # a rank's weights are with all others: all must go forward and backward alike
+        keep_bytes = 0
+        number, role, positions = pieces[-1]
+        spare = (number, role, positions[-1:])
+        fill = max(map(len, dealt)) - len(dealt[rank])
+        dealt[rank] += [spare] * fill
+
     def embed(piece: Piece) -> Tensor:
         number, role, positions = piece
         with _dropout(student, None if dropout_seed is None else [*dropout_seed, number]):
@@ -110,18 +129,19 @@ def embed_shared(
     else:
         own_ND, back = torch.zeros(0, student.dimension, device=student.device), lambda _: None
     clock.lap("forward")
-    order = [[i for _, _, positions in chunks for i in positions] for chunks in dealt]
-    gathered = _all_gather(own_ND, [len(positions) for positions in order])
+    gathered = _all_gather(own_ND[: len(order[rank])], [len(positions) for positions in order])
     embeddings_MD = torch.empty(len(rows), student.dimension, device=student.device)
     for positions, part in zip(order, gathered, strict=True):
         embeddings_MD[positions] = part
     clock.lap("communication")
 
     def backward(gradient_MD: Tensor) -> None:
+        own = gradient_MD[order[rank]]
         with student.autocast():
-            back(gradient_MD[order[rank]])
+            back(torch.cat([own, own.new_zeros(fill, own.shape[1])]))
         clock.lap("backward")
-        sum_gradients(student)
+        if not sharded:  # else summed already
+            sum_gradients(student)
         clock.lap("communication")
 
     return embeddings_MD, backward
@@ -160,9 +180,9 @@ def training_step(
     keep_bytes, dropout_seed: see ``embed_shared``. clock: gets this rank's seconds in data, forward,
     communication, loss and backward.
     Returns the loss's terms, how many passages were referred to and encoded, the tokens encoded and the
-    floating-point operations (in tera) that these take, of all ranks together. Raises
-    ``FloatingPointError`` naming the queries where the loss is not finite, ``ValueError`` where CLP has a
-    weight and the lists have no queries of their negatives.
+    floating-point operations (in tera) that these take, of all ranks together. Raises on every rank alike
+    ``NotFinite`` where the loss is not finite, naming the queries whose embedding or list is not, and
+    ``ValueError`` where CLP has a weight and the lists have no queries of their negatives.
     """
     clock = clock or Clock(student.device)
     unique = unique_passages(lists.passage_ids)
@@ -208,7 +228,11 @@ def training_step(
     clock.lap("loss")
     lengths = [len(row) for row in (*queries, *passages)]
     if not np.isfinite(values["loss"]):
-        raise FloatingPointError(f"the loss is not finite; queries {list(lists.query_ids)[:5]}")
+        broken_M = ~embeddings_MD.isfinite().all(dim=1).cpu().numpy()
+        broken_B = broken_M[[query_at[query_id] for query_id in lists.query_ids]]
+        broken_B |= broken_M[len(queries) :][unique.index_BK].any(axis=1)
+        at_fault = np.flatnonzero(broken_B) if broken_B.any() else range(len(broken_B))
+        raise NotFinite("loss", [lists.query_ids[b] for b in at_fault])
     backward(gradient_MD.to(embeddings_MD.dtype))
     return {
         **values,

@@ -1,5 +1,6 @@
 """The bi-encoder: a SentenceTransformer, with its own tokens, prompts and pooling respected.
 
+Encoders (BERT, ModernBERT, XLM-R) and decoders (Qwen3-Embedding: last token, instructions) alike.
 Batches are sorted by length and cut by tokens; embeddings are L2-normalised (the method works on
 cosines), and a model without a Normalize module gets one when it is saved.
 """
@@ -20,6 +21,7 @@ from retrieval_ray.model_files import resolve_model
 from retrieval_ray.tokens import Tokens
 
 Role = Literal["query", "passage"]
+TOKEN_VECTORS = 2  # version of ``token_vectors``, for the ids of scores that are made with them
 _PLAIN_ATTENTION_TOKENS = 512
 
 
@@ -76,6 +78,10 @@ class Student:
             if passage_prompt is None
             else passage_prompt,
         }
+        _give_pad_token(self.model.tokenizer)
+        positions = _positions(self.model[0].auto_model)
+        if (self.model.max_seq_length or 0) > positions:
+            self.model.max_seq_length = positions
         limit = int(self.model.max_seq_length or 512)
         self.max_tokens: dict[Role, int] = {
             "query": min(max_query_tokens or limit, limit),
@@ -158,7 +164,7 @@ class Student:
     def token_vectors(self, texts: Sequence[str], role: Role, *, token_budget: int) -> list[Tensor]:
         """The last layer's normalised vector of each token of each text: a list of (T, D).
 
-        Special tokens are left out: they match everything and say nothing.
+        Special tokens and the prompt are left out: they match everything and say nothing.
         """
         rows = self.tokenize(texts, role)
         special = set(self.model.tokenizer.all_special_ids)
@@ -172,7 +178,11 @@ class Student:
             vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)
             for n, i in enumerate(chunk):
                 kept = vectors[n][mask[n]]
-                useful = [at for at, token in enumerate(rows[i]) if int(token) not in special]
+                useful = [
+                    at
+                    for at, token in enumerate(rows[i])
+                    if int(token) not in special and at >= (self._prompt_length[role] or 0)
+                ]
                 found[i] = (kept[useful] if useful else kept).cpu()
         return found
 
@@ -195,14 +205,11 @@ class Student:
         self.model.save(folder, create_model_card=False, safe_serialization=True)
 
     def _features(self, rows: Sequence[Tokens], role: Role) -> dict[str, Any]:
-        tokenizer = self.model.tokenizer
         longest = max(map(len, rows))
-        ids_NT = np.full((len(rows), longest), tokenizer.pad_token_id or 0, dtype=np.int64)
+        ids_NT = np.full((len(rows), longest), self.model.tokenizer.pad_token_id, dtype=np.int64)
         mask_NT = np.zeros_like(ids_NT)
-        left = tokenizer.padding_side == "left"
-        for n, row in enumerate(rows):
-            where = slice(longest - len(row), None) if left else slice(len(row))
-            ids_NT[n, where], mask_NT[n, where] = row, 1
+        for n, row in enumerate(rows):  # behind the text, also for decoders: it cannot see what comes after
+            ids_NT[n, : len(row)], mask_NT[n, : len(row)] = row, 1
         features: dict[str, Any] = {
             "input_ids": torch.from_numpy(ids_NT).to(self.device),
             "attention_mask": torch.from_numpy(mask_NT).to(self.device),
@@ -222,6 +229,26 @@ class Student:
 def default_token_budget(device: str) -> int:
     """Tokens of one encoding batch: on CPUs what their caches hold, on GPUs what keeps them busy."""
     return 16_384 if device == "cuda" else 4096
+
+
+def _give_pad_token(tokenizer: Any) -> None:
+    """Decoders' tokenizers often have none. What pads is masked, so any token that is there will do."""
+    if tokenizer.pad_token is None:
+        spare = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = spare
+
+
+def _positions(backbone: torch.nn.Module) -> int:
+    """How long a text may be: RoBERTa and XLM-R count positions from behind the padding's id.
+
+    Their config and, where it says more, the tokenizer promise places that are not there.
+    """
+    for module in backbone.modules():
+        table = getattr(module, "position_embeddings", None)
+        offset = getattr(module, "padding_idx", None)
+        if isinstance(table, torch.nn.Embedding) and isinstance(offset, int):
+            return table.num_embeddings - offset - 1
+    return 2**31
 
 
 def probe_precision(device: str | None = None) -> str:

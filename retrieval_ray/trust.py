@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_ray.groups import Pool, standardise
+from retrieval_ray.negatives import Scores
 from retrieval_ray.runs import top_k
-from retrieval_ray.selection import Scores
 
 PERCENTILES = (5, 25, 50, 75, 95)
 HEAD = 10  # passages of a ranking that count for the overlap

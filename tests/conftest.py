@@ -4,6 +4,7 @@ The models are folders as users have them (safetensors, tokenizer, pooling), sma
 a fraction of a second. Their weights are drawn wide, so that different texts differ.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Callable
@@ -168,3 +169,11 @@ def roberta_cross_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> st
         )
     ).save_pretrained(folder)  # fmt: skip
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def make_family(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A function that gives the folder of a tiny student of a family (see ``families.py``)."""
+    from tests.families import save_family
+
+    return functools.cache(lambda family: save_family(family, words, tmp_path_factory.mktemp("family")))

@@ -57,6 +57,21 @@ def test_epochs_depend_on_seed_epoch_and_corpus_and_on_nothing_else():
     assert first == rows([8], seed=1, epoch=2)[0]  # another corpus beside it changes nothing
 
 
+@given(SIZES.filter(any), st.integers(1, 20), st.integers(0, 5), st.data())
+def test_an_epoch_goes_on_where_it_was(sizes, batch, seed, data):
+    """With the same batches; and cut in other sizes with what is left, once each."""
+    whole = epoch_batches(sizes, batch, seed=seed, epoch=1)
+    done = data.draw(st.integers(0, len(whole)))
+    seen = [sum(len(i) for corpus, i in whole[:done] if corpus == c) for c in range(len(sizes))]
+    turn = (whole[done - 1][0] + 1) % len(sizes) if done else 0
+    where = {"seed": seed, "epoch": 1, "seen": seen, "turn": turn}
+    rest = [(corpus, i.tolist()) for corpus, i in epoch_batches(sizes, batch, **where)]
+    assert rest == [(corpus, i.tolist()) for corpus, i in whole[done:]]
+    other = data.draw(st.integers(1, 20))
+    left = sorted((corpus, int(i)) for corpus, rows in whole[done:] for i in rows)
+    assert sorted((c, int(i)) for c, rows in epoch_batches(sizes, other, **where) for i in rows) == left
+
+
 @given(LISTS)
 def test_unique_passages_give_the_lists_back(lists):
     unique = unique_passages(lists)

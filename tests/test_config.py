@@ -334,6 +334,11 @@ def test_an_unknown_choice_lists_the_known_ones(path: Path, override: str, known
         "compute.logical_cpus=0",
         "compute.logical_cpus=7",
         "compute.cpus_per_worker=-1",
+        "compute.min_workers=2",
+        "compute.min_workers=0",
+        "student.lora.r=0",
+        "student.lora.alpha=8",
+        "student.lora.targets=[q_proj]",
         "compute.token_budget=0",
         "llm.kinds={question: 0}",
         "llm.kinds={question: -1, title: 2}",
@@ -345,6 +350,14 @@ def test_values_that_contradict_each_other_name_the_key(path: Path, override: st
     section, _, rest = override.partition(".")
     named = "teacher.model" if rest.startswith("kind=") else override.partition("=")[0]
     assert named in error_of(path, override)
+
+
+def test_lora_needs_its_package(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert load(str(path), ["student.lora.r=8"]).student.lora.r == 8
+    assert "student.lora.targets" in error_of(path, "student.lora={r: 8, targets: []}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install" in error_of(path, "student.lora.r=8")
 
 
 def test_an_llm_must_be_named_and_an_endpoint_must_have_an_address(path: Path) -> None:

@@ -1,52 +1,22 @@
 """The training loop on a tiny model, without Ray."""
 
+import json
+import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from retrieval_ray.artifacts import Location
-from retrieval_ray.fit import CorpusData, Settings, fit
-from retrieval_ray.objective import Objective
-from retrieval_ray.step import Lists
+from retrieval_ray.errors import UserError
+from retrieval_ray.fit import fit
 from retrieval_ray.student import Student
-
-SETTINGS = Settings(
-    objective=Objective({"kl": 1.0, "infonce": 0.1}, 0.1, 0.3, 0.05),
-    batch_queries=4,
-    max_epochs=2,
-    patience=5,
-    learning_rate=1e-3,
-    weight_decay=0.01,
-    clip_norm=1.0,
-    min_warmup_steps=1,
-    lr_floor=0.1,
-    passage_tokens=16,
-    chunk_tokens=100,
-    activation_bytes=None,
-    dropout=True,
-    checkpoint_seconds=0.0,  # after every step
-    seed=0,
-)
-
-
-class Killed(Exception):
-    pass
+from tests.corpora import SETTINGS, Killed, assert_near, kill_at, tiny_corpus
 
 
 @pytest.fixture
 def corpus(words):
-    rng = np.random.default_rng(0)
-    passages = {f"p{n}": " ".join(rng.choice(words, rng.integers(3, 30))) for n in range(20)}
-    queries = {f"q{n}": " ".join(rng.choice(words, 4)) for n in range(14)}
-
-    def lists(names):
-        rows = [[str(p) for p in rng.choice(list(passages), 4, replace=False)] for _ in names]
-        return Lists(names, rows, rng.random((len(names), 4)), [[] for _ in names])
-
-    names = list(queries)
-    return CorpusData("tiny", lists(names[:10]), lists(names[10:]), passages, queries, {}, {})
+    return tiny_corpus(words)
 
 
 def _fit(folder, corpus, target, settings=SETTINGS, **more):
@@ -60,12 +30,8 @@ def test_a_run_killed_and_resumed_drops_the_same_and_ends_with_the_same_weights(
 ):
     whole, weights = _fit(student_folder, corpus, tmp_path / "whole")
 
-    def kill(step, total, terms):
-        if step == 4:
-            raise Killed
-
     with pytest.raises(Killed):
-        _fit(student_folder, corpus, tmp_path / "broken", on_step=kill)
+        _fit(student_folder, corpus, tmp_path / "broken", on_step=kill_at(4))
     torch.manual_seed(99)
     resumed, again = _fit(student_folder, corpus, tmp_path / "broken")
     assert (resumed.steps, resumed.history) == (whole.steps, whole.history)
@@ -100,3 +66,158 @@ def test_every_step_says_its_terms_and_where_its_time_went(student_folder, corpu
         assert 0 < parts <= speed["seconds"]
         assert speed["tokens_per_second"] * speed["seconds"] == pytest.approx(row["tokens"])
         assert 0 < speed["matmul_share"] < 1
+
+
+def test_the_log_has_a_line_of_json_a_step(student_folder, corpus, tmp_path):
+    progress, _ = _fit(student_folder, corpus, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    rows = zip(progress.steps, progress.speed, strict=True)
+    assert lines == [{**step, **speed} for step, speed in rows]
+    assert {"loss", "lr", "norm", "tokens_per_second", "forward", "backward"} <= lines[0].keys()
+
+
+NEVER = replace(SETTINGS, checkpoint_seconds=math.inf)
+
+
+def test_a_notice_leads_to_a_checkpoint(student_folder, corpus, tmp_path):
+    """Asked after every step; without one, nothing is kept of an epoch that is under way."""
+    asked = []
+
+    def notice():
+        asked.append(len(list(tmp_path.glob("checkpoint-*"))))
+        return len(asked) == 2
+
+    with pytest.raises(Killed):
+        _fit(student_folder, corpus, tmp_path, NEVER, should_checkpoint=notice, on_step=kill_at(3))
+    assert asked == [1, 1]  # of the untouched student
+    newest = sorted(tmp_path.glob("checkpoint-*"))[-1].name
+    assert newest == "checkpoint-00000002-001.safetensors"
+    seen = []
+    _fit(student_folder, corpus, tmp_path, NEVER, on_step=lambda step, total, terms: seen.append(step))
+    assert seen[0] == 3
+
+
+def _spoil(monkeypatch, steps, what):
+    """Make the loss or the gradient of these steps not finite; returns the queries at fault by step."""
+    from retrieval_ray import fit as module
+
+    true_step, number, at_fault = module.training_step, 0, {}
+
+    def step(student, lists, tokens, query_tokens, *more, **options):
+        nonlocal number
+        number += 1
+        table = student.model[0].auto_model.embeddings.word_embeddings.weight
+        word = int(query_tokens(lists.query_ids[0])[1])
+        kept = table[word].detach().clone()
+        if number in steps:
+            read = [[query_tokens(q), *map(tokens, row)] for q, row in
+                    zip(lists.query_ids, lists.passage_ids, strict=True)]  # fmt: skip
+            broken = [what == "gradient" or any(word in text for text in texts) for texts in read]
+            at_fault[number] = [q for q, bad in zip(lists.query_ids, broken, strict=True) if bad]
+        with torch.no_grad():
+            if number in steps and what == "loss":
+                table[word] = math.inf
+        try:
+            terms = true_step(student, lists, tokens, query_tokens, *more, **options)
+        finally:
+            with torch.no_grad():
+                table[word] = kept
+        if number in steps:
+            table.grad[3] = math.nan
+        return terms
+
+    monkeypatch.setattr(module, "training_step", step)
+    return at_fault
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    student_folder, corpus, tmp_path, monkeypatch, what
+):
+    student = Student(student_folder, precision="float32", device="cpu")
+    at_fault, weights, losses = _spoil(monkeypatch, {2}, what), [], []
+
+    def look(step, total, terms):
+        weights.append(torch.cat([p.detach().flatten() for p in student.model.parameters()]))
+        losses.append(terms["loss"])
+
+    once = replace(SETTINGS, max_epochs=1)
+    progress = fit(student, [corpus], once, Location.of(str(tmp_path)), on_step=look)
+    assert [math.isnan(loss) for loss in losses] == [False, True, False]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert weights[2].isfinite().all()
+    assert progress.step == 3 and [row["step"] for row in progress.steps] == [1, 3]
+    assert progress.skipped == [{"step": 2, "corpus": "tiny", "what": what, "queries": at_fault[2]}]
+
+
+@pytest.mark.parametrize(
+    ("steps", "seen"), [({2, 3, 4}, "3 steps of 4"), (set(range(1, 30, 2)), "10 steps of 19")]
+)
+def test_training_stops_after_a_few_steps_that_are_not_finite(
+    student_folder, corpus, tmp_path, monkeypatch, steps, seen
+):
+    """Three in a row or ten in all, naming the queries."""
+    at_fault = _spoil(monkeypatch, steps, "gradient")
+    with pytest.raises(UserError, match=seen) as error:
+        _fit(student_folder, corpus, tmp_path, replace(NEVER, max_epochs=9, patience=9))
+    for queries in list(at_fault.values())[-3:]:
+        assert ", ".join(queries) in str(error.value)
+
+
+def test_a_resumed_run_remembers_the_steps_that_were_skipped(student_folder, corpus, tmp_path, monkeypatch):
+    _spoil(monkeypatch, {1, 2}, "gradient")
+    with pytest.raises(Killed):
+        _fit(student_folder, corpus, tmp_path, on_step=kill_at(3))
+    progress, _ = _fit(student_folder, corpus, tmp_path)
+    assert [row["step"] for row in progress.skipped] == [1, 2]
+
+
+def test_fused_adamw_is_adamw(student_folder, corpus, tmp_path, monkeypatch):
+    fused, true_adamw = _fit(student_folder, corpus, tmp_path / "fused", NEVER)[1], torch.optim.AdamW
+
+    def several_kernels(parameters, **more):
+        return true_adamw(parameters, **{**more, "fused": None, "foreach": True})
+
+    monkeypatch.setattr(torch.optim, "AdamW", several_kernels)
+    _, weights = _fit(student_folder, corpus, tmp_path / "foreach", NEVER)
+    assert_near(fused, weights, 2e-5)
+
+
+def test_patience_counts_epochs_without_improvement(student_folder, corpus, tmp_path, monkeypatch):
+    """Epochs 1 and 3 improve; two that do not end training, and epoch 3 is what is left."""
+    from retrieval_ray import fit as module
+
+    values, weights = iter([0.5, 0.6, 0.6, 0.7, 0.65, 0.7, 0.9]), []
+    student = Student(student_folder, precision="float32", device="cpu")
+
+    def measure(*_, **__):
+        weights.append(torch.cat([p.detach().flatten() for p in student.model.parameters()]))
+        return {"dev_ndcg@10": next(values)}
+
+    monkeypatch.setattr(module, "evaluate", measure)
+    settings = replace(SETTINGS, max_epochs=9, patience=2)
+    progress = fit(student, [corpus], settings, Location.of(str(tmp_path)))
+    assert [row["epoch"] for row in progress.history] == [0, 1, 2, 3, 4, 5]
+    assert progress.best_epoch == 3
+    left = torch.cat([p.detach().flatten() for p in student.model.parameters()])
+    assert torch.equal(left, weights[3]) and not torch.equal(left, weights[5])
+
+
+def test_each_step_is_of_one_corpus_and_corpora_take_turns(student_folder, words, tmp_path, monkeypatch):
+    from retrieval_ray import fit as module
+
+    large, small = tiny_corpus(words, 12, "large"), tiny_corpus(words, 3, "small")
+    seen = []
+
+    def watch(student, lists, tokens, query_tokens, *more, **options):
+        seen.append(frozenset(lists.query_ids))
+        raise Killed if len(seen) == 6 else module.NotFinite("loss", [])
+
+    monkeypatch.setattr(module, "training_step", watch)
+    monkeypatch.setattr(module, "_stop_if_hopeless", lambda progress: None)
+    student = Student(student_folder, precision="float32", device="cpu")
+    with pytest.raises(Killed):
+        fit(student, [large, small], replace(NEVER, patience=9), Location.of(str(tmp_path)))
+    assert [len(batch) for batch in seen[:4]] == [4, 3, 4, 4]  # large, small (a short one), large, large
+    assert seen[1] == set(small.train.query_ids)
+    assert seen[0] | seen[2] | seen[3] == set(large.train.query_ids)

@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from retrieval_ray.groups import Group, Pool, Scale, best, build, combine, inconsistency, standardise
-from retrieval_ray.selection import NEGATIVES, Margins
+from retrieval_ray.negatives import NEGATIVES, Margins
 from tests import oracles
 
 # quarters: exact in binary, negative and tied scores in most examples

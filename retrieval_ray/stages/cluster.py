@@ -42,17 +42,18 @@ def gpus_per_worker(compute: ComputeConfig) -> float:
 
 
 def _check(compute: ComputeConfig, gpus: float) -> None:
-    there = ray.cluster_resources()
+    there, workers = ray.cluster_resources(), compute.fewest_workers()
+    key = "compute.workers" if compute.min_workers is None else "compute.min_workers"
     needed = {
         # one for the driver of Ray Train, one to spare for Ray Data's own tasks
-        "CPU": compute.workers * compute.cpus_per_worker + 2,
-        "GPU": compute.workers * gpus,
+        "CPU": workers * compute.cpus_per_worker + 2,
+        "GPU": workers * gpus,
     }
     for name, amount in needed.items():
         if amount > there.get(name, 0):
             raise UserError(
-                f"compute.workers={compute.workers} needs {amount:g} {name} "
+                f"{key}={workers} needs {amount:g} {name} "
                 f"({compute.cpus_per_worker} CPU, {gpus:g} GPU each, 2 CPU beside them), and the "
-                f"cluster has {there.get(name, 0):g}. Lower compute.workers, or give the cluster more"
+                f"cluster has {there.get(name, 0):g}. Lower {key}, or give the cluster more"
                 + (" (a local one: compute.logical_cpus)" if name == "CPU" else "")
             )

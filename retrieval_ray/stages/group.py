@@ -12,8 +12,8 @@ from retrieval_ray.artifacts import Stage, digest, stage
 from retrieval_ray.config import to_dict
 from retrieval_ray.datasets import rejects_table
 from retrieval_ray.filters import Reject
+from retrieval_ray.negatives import Margins
 from retrieval_ray.progress import say
-from retrieval_ray.selection import Margins
 from retrieval_ray.stages import trust as trusted
 from retrieval_ray.stages.collection import Grouped, Judged, extend
 from retrieval_ray.stages.context import Context

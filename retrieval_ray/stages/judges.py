@@ -11,6 +11,7 @@ from retrieval_ray.model_files import Model, by_revision
 from retrieval_ray.stages.ask_vllm import devices
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import student_arguments, student_identity
+from retrieval_ray.student import TOKEN_VECTORS
 from retrieval_ray.teachers import listwise, seq2seq, yes_no
 
 _VLLM_EXECUTION = {  # engine arguments that change no score
@@ -95,10 +96,11 @@ def teacher_id(context: Context, judge: Judge, corpus: Stage | None) -> str:
             f"-{digest(asked)[:12]}" if asked else ""
         )
     if judge.model is not None:
-        return f"late@{_short(judge.model)}-{numbers}-{config.max_tokens}"
+        return f"late@{_short(judge.model)}-{numbers}-{config.max_tokens}-v{TOKEN_VECTORS}"
     student = student_identity(context)
     settings = [f"{key}={student[key]!r}" for key in sorted(student) if key != "sha"]
-    return f"{judge.kind}@{context.student.sha[:16]}-{numbers}-{'-'.join(settings)}"
+    version = f"-v{TOKEN_VECTORS}" if judge.kind == "late" else ""
+    return f"{judge.kind}@{context.student.sha[:16]}-{numbers}-{'-'.join(settings)}{version}"
 
 
 def _asked(config: MemberConfig) -> dict[str, Any]:

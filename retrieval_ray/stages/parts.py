@@ -56,14 +56,18 @@ def run_parts(
     settings.execution_no_progress_timeout_s = 24 * 3600  # one part of a slow teacher may take hours
     settings.execution_options.verbose_progress = False
     resources = context.worker_resources()
-    size = min(context.config.compute.workers, len(parts))
+    compute = context.config.compute
+    most = min(compute.workers, len(parts))
+    pool = ray.data.ActorPoolStrategy(
+        min_size=min(compute.fewest_workers(), most), max_size=most, max_tasks_in_flight_per_actor=2
+    )
     dataset = ray.data.from_items(
         [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)
     ).map_batches(
         _Actor,
         fn_constructor_args=(worker, dict(arguments), context.profile.threads),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+        compute=pool,
         **(resources if gpus else {**resources, "num_gpus": 0}),
     )
     facts = []

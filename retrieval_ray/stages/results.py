@@ -136,9 +136,8 @@ def _training(trained: Stage | None) -> dict[str, Any] | None:
     if trained is None:
         return None
     manifest = trained.manifest()
-    return {
-        key: manifest[key] for key in ("epoch", "candidate_epoch", "temperatures", "batch_queries", "queries")
-    }
+    keys = ("epoch", "candidate_epoch", "temperatures", "batch_queries", "queries")
+    return {key: manifest[key] for key in keys} | {"skipped_steps": len(manifest["skipped"])}
 
 
 def _write_models(

@@ -3,7 +3,7 @@
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,19 +11,25 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.train
+import ray.train.torch
 import torch
 from ray.train.torch import TorchTrainer
 
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, Stage, digest, stage
 from retrieval_ray.batching import epoch_batches
+from retrieval_ray.checkpoints import load_weights
 from retrieval_ray.config import to_dict
 from retrieval_ray.errors import UserError
-from retrieval_ray.fit import CorpusData, Settings, chosen, fit
+from retrieval_ray.fit import CorpusData, Settings, fit
+from retrieval_ray.lora import add_lora
 from retrieval_ray.losses import calibrate_temperature
 from retrieval_ray.model_files import Model
 from retrieval_ray.objective import Objective
 from retrieval_ray.progress import progress, say
+from retrieval_ray.schedule import LEAST_STEPS, batch_size
+from retrieval_ray.selection import chosen
+from retrieval_ray.sharding import shard
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import Vectors, student_arguments, student_identity
@@ -33,9 +39,9 @@ from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.step import Lists
 from retrieval_ray.student import Student
 
-VERSION = 4
+VERSION = 5
+_FAILURES, _ELASTIC_FAILURES = 2, 20  # of workers; machines that announce their going are not counted
 _EXECUTION_KEYS = ("checkpoint_minutes", "activation_gib")
-_LEAST_STEPS = 8  # an epoch's worth of a small corpus: the batch is scaled down to this
 
 
 def run(context: Context, corpora: list[Grouped]) -> Stage:
@@ -46,9 +52,10 @@ def run(context: Context, corpora: list[Grouped]) -> Stage:
         "corpora": [[c.name, c.corpus.fingerprint, *_read_by_training(c)] for c in corpora],
         "depth": config.teacher.depth,
         "student": student_identity(context),
+        "lora": _lora(context),
         "train": {k: v for k, v in to_dict(config.train).items() if k not in _EXECUTION_KEYS},
         "seed": config.seed,
-        "profile": {**context.profile.numeric(), "workers": context.profile.workers},
+        "profile": {**context.profile.numeric(), "workers": _world(context)},
     }
     target = stage(context.store, "train", identity)
     if not context.start(target, f"training on {', '.join(c.name for c in corpora)}"):
@@ -76,11 +83,23 @@ def run(context: Context, corpora: list[Grouped]) -> Stage:
         },
         batch_queries=settings.batch_queries,
         queries=[len(part.query_ids) for part in lists],
+        skipped=facts["skipped"],
     )
     for name in target.folder.names():
         if name.startswith(("checkpoint-", "best.", "ray")):
             (target.folder / name).remove()
     return target
+
+
+def _world(context: Context) -> int | str:
+    """The number of workers decides the last bits of sums; an elastic run gives up that promise."""
+    return context.profile.workers if context.config.compute.min_workers is None else "elastic"
+
+
+def _lora(context: Context) -> dict[str, Any] | None:
+    """What ``add_lora`` takes beside the student."""
+    lora = context.config.student.lora
+    return None if lora.r is None else {**vars(lora), "seed": context.config.seed}
 
 
 def _read_by_training(corpus: Grouped) -> list[str]:
@@ -101,13 +120,19 @@ def _files(folder: Location, prefix: str = "") -> list[str]:
 
 def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> Settings:
     train = context.config.train
-    queries = sum(len(part.query_ids) for part in lists)
-    batch = max(1, min(train.batch_queries, queries // _LEAST_STEPS))
+    sizes = [len(part.query_ids) for part in lists]
+    batch = batch_size(sizes, train.batch_queries)
     if batch < train.batch_queries:
         say(
-            f"  warning: {queries} training queries are fewer than {_LEAST_STEPS} batches of "
+            f"  warning: {sum(sizes)} training queries are fewer than {LEAST_STEPS} batches of "
             f"{train.batch_queries}; batches of {batch} are used"
         )
+    for corpus, size in zip(corpora, sizes, strict=True):
+        if size < batch:
+            say(
+                f"  warning: corpus '{corpus.name}' has {size} training queries, fewer than a batch of "
+                f"{batch}: " + ("one short batch an epoch" if size else "nothing is learned from it")
+            )
     tau = train.student_temperature or _calibrated(context, corpora, lists)
     infonce = train.infonce_temperature or tau / 5
     say(
@@ -207,19 +232,27 @@ def _trainer(
             "corpora": corpora,
             "settings": settings,
             "student": student_arguments(context),
+            "lora": _lora(context),
+            "shard": context.config.train.shard,
             "threads": context.profile.threads,
             "folder": target.folder,
             "depth": context.config.teacher.depth,
             "steps": actor,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=compute.workers, use_gpu=bool(gpus), resources_per_worker=resources
+            num_workers=compute.workers
+            if compute.min_workers is None
+            else (compute.min_workers, compute.workers),
+            use_gpu=bool(gpus),
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=target.folder.path,
             storage_filesystem=target.folder.filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            failure_config=ray.train.FailureConfig(
+                max_failures=_FAILURES if compute.min_workers is None else _ELASTIC_FAILURES
+            ),
         ),
     )
 
@@ -228,7 +261,9 @@ def _train_worker(config: dict[str, Any]) -> None:
     """Runs on each worker of the TorchTrainer."""
     torch.set_num_threads(config["threads"])
     rank = ray.train.get_context().get_world_rank()
-    student = Student(**config["student"])
+    student, merge = _student(config)
+    if config["shard"]:
+        shard(student, ray.train.torch.get_device())
     folder: Location = config["folder"]
 
     def on_step(step: int, total: int, terms: Mapping[str, float]) -> None:
@@ -248,15 +283,51 @@ def _train_worker(config: dict[str, Any]) -> None:
         folder,
         on_step=on_step,
         on_epoch=on_epoch,
+        should_checkpoint=_preemption_notice(),
     )
     if rank == 0:
+        if config["shard"]:
+            student, merge = _student(config)
+            if done.best_epoch is not None:
+                load_weights(student, folder / "best.safetensors")
+        merge()
         with tempfile.TemporaryDirectory() as local:
             student.save(local)
             Location.of(local).copy_to(folder / "candidate")
         (folder / "fit.json").write_json(
-            {"history": done.history, "steps": done.steps, "best_epoch": done.best_epoch}
+            {
+                "history": done.history,
+                "steps": done.steps,
+                "skipped": done.skipped,
+                "best_epoch": done.best_epoch,
+            }
         )
-        (folder / "speed.json").write_json(done.speed)
+
+
+def _student(config: Mapping[str, Any]) -> tuple[Student, Callable[[], None]]:
+    """The student to train, whole, and the function that merges its LoRA, if it has one."""
+    student = Student(**config["student"] | ({"device": "cpu"} if config["shard"] else {}))
+    if config["lora"] is None:
+        return student, lambda: None
+    return student, add_lora(student, **config["lora"])
+
+
+def _preemption_notice() -> Callable[[], bool]:
+    """True once, on all workers alike, when Ray tells of a node that is about to be taken away.
+
+    Asking is a barrier of a few milliseconds; Ray before 2.57 has nothing to ask.
+    """
+    ask = getattr(ray.train, "get_preemption_info", None)
+    told = False
+
+    def answer() -> bool:
+        nonlocal told
+        if ask is None or told:
+            return False
+        told = ask() is not None
+        return told
+
+    return answer
 
 
 @ray.remote(num_cpus=0)

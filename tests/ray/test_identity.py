@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from retrieval_ray.artifacts import Location, Stage, stage
-from retrieval_ray.config import EMBEDDED, ComputeConfig, Config, DatasetConfig, MemberConfig
+from retrieval_ray.config import EMBEDDED, ComputeConfig, Config, DatasetConfig, LoraConfig, MemberConfig
 from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model
 from retrieval_ray.sources import Source
-from retrieval_ray.stages import encode, ingest, score
+from retrieval_ray.stages import encode, ingest, score, train
 from retrieval_ray.stages.collection import Collection, Ranked, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
@@ -214,3 +214,33 @@ def test_an_engine_on_gpus_gets_what_its_worker_has(context: Context) -> None:
     assert engine(0.5, gpu_memory_utilization=0.3) == {"gpu_memory_utilization": 0.3}
     with pytest.raises(UserError, match="compute.gpus_per_worker=2"):
         engine(1, tensor_parallel_size=2)
+
+
+def compute(**values: Any) -> Change:
+    return lambda run: replace(run, config=replace(run.config, compute=replace(run.config.compute, **values)))
+
+
+def trained(run: Context, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(Context, "start", lambda *_: False)
+    return train.run(run, []).fingerprint
+
+
+def test_training_is_named_after_its_workers_unless_they_may_come_and_go(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of workers decides the last bits of sums; an elastic run may go on with any number."""
+    fixed = [trained(profile(workers=n)(context), monkeypatch) for n in (1, 2)]
+    elastic = [
+        trained(profile(workers=most)(compute(workers=most, min_workers=least)(context)), monkeypatch)
+        for least, most in ((1, 2), (1, 4), (3, 4))
+    ]
+    assert len(set(fixed)) == 2 and len(set(elastic)) == 1 and not set(fixed) & set(elastic)
+
+
+def test_training_is_named_after_its_lora(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = trained(context, monkeypatch)
+    names = {
+        trained(student(lora=LoraConfig(**lora))(context), monkeypatch)
+        for lora in ({"r": 4}, {"r": 8}, {"r": 8, "alpha": 8.0}, {"r": 8, "targets": ["q_proj"]})
+    }
+    assert len(names) == 4 and before not in names

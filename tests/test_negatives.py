@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval_ray.selection import NEGATIVES, Margins, too_close
+from retrieval_ray.negatives import NEGATIVES, Margins, too_close
 
 RAW = st.integers(-40, 40).map(lambda n: n / 4)  # quarters: exact in binary, often tied
 

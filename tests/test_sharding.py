@@ -1,0 +1,125 @@
+"""Training on several ranks, whole and sharded, against training on one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch.distributed.tensor import DTensor
+
+from retrieval_ray import step
+from retrieval_ray.artifacts import Location
+from retrieval_ray.checkpoints import load_weights
+from retrieval_ray.fit import fit
+from retrieval_ray.sharding import shard
+from retrieval_ray.student import Student
+from tests.corpora import SETTINGS, Killed, assert_near, kill_at, tiny_corpus
+
+pytestmark = pytest.mark.slow
+RANKS = 2
+# so few tokens to a chunk that ranks get different numbers of them; a peak that keeps rounding small
+SMALL = replace(SETTINGS, chunk_tokens=60, learning_rate=1e-4)
+
+
+def _fit(model, words, target, *, sharded=False, **more):
+    student = Student(model, precision="float32", device="cpu")
+    if sharded:
+        shard(student, torch.device("cpu"))
+    progress = fit(student, [tiny_corpus(words)], SMALL, Location.of(str(target)), **more)
+    return progress, student
+
+
+def _rank(rank, model, words, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    found, shares, true_deal = {}, [], step.deal
+
+    def deal(costs, workers):
+        owner = true_deal(costs, workers)
+        shares.append([owner.count(rank) for rank in range(workers)])
+        return owner
+
+    step.deal = deal
+    with pytest.raises(Killed):
+        _fit(model, words, folder / "elastic", on_step=kill_at(4))
+    progress, student = _fit(model, words, folder / "sharded", sharded=True)
+    found["share"] = sum(p.to_local().numel() for p in student.model.parameters() if isinstance(p, DTensor))
+    found["whole"] = {name: p.full_tensor().detach() for name, p in student.model.named_parameters()}
+    found["progress"] = progress
+    with pytest.raises(Killed):
+        _fit(model, words, folder / "broken", sharded=True, on_step=kill_at(4))
+    resumed, student = _fit(model, words, folder / "broken", sharded=True)
+    found["again"] = {name: p.full_tensor().detach() for name, p in student.model.named_parameters()}
+    found["resumed"] = resumed
+    found["chunks"] = shares
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(student_folder, words, tmp_path_factory):
+    """Where two processes trained; ``0.pt`` and ``1.pt`` say what they found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(_rank, (student_folder, words, folder), nprocs=RANKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def one(student_folder, words, tmp_path_factory):
+    """What one process makes of it."""
+    progress, student = _fit(student_folder, words, tmp_path_factory.mktemp("one"))
+    return progress, _weights(student)
+
+
+def _weights(student):
+    return {name: p.detach() for name, p in student.model.named_parameters()}
+
+
+def _same_steps(ours, theirs):
+    """The same batches, tokens and rates, and losses up to rounding."""
+    assert len(ours.steps) == len(theirs.steps)
+    for row, expected in zip(ours.steps, theirs.steps, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+        assert [row[name] for name in ("tokens", "encoded")] == [expected[n] for n in ("tokens", "encoded")]
+
+
+def test_sharded_training_is_training(ranks, one, student_folder):
+    before = _weights(Student(student_folder, precision="float32", device="cpu"))
+    moved = max(float((one[1][name] - weight).abs().max()) for name, weight in before.items())
+    assert moved > 1e-4
+    assert any(ours != theirs for ours, theirs in ranks[0]["chunks"])  # a rank has to go along without work
+    for rank in ranks:
+        _same_steps(rank["progress"], one[0])
+        assert_near(rank["whole"], one[1], 1e-6)
+
+
+def test_each_rank_holds_its_share(ranks, one):
+    numbers = sum(weight.numel() for weight in one[1].values())
+    shares = [rank["share"] for rank in ranks]
+    assert sum(shares) == numbers and max(shares) < 0.6 * numbers
+
+
+def test_a_sharded_run_resumes_to_the_same_bits(ranks):
+    for rank in ranks:
+        assert rank["resumed"].steps == rank["progress"].steps
+        assert rank["resumed"].history == rank["progress"].history
+        assert all(torch.equal(rank["whole"][name], weight) for name, weight in rank["again"].items())
+
+
+def test_a_run_of_two_workers_goes_on_with_one(folder, ranks, one, student_folder, words):
+    resumed, student = _fit(student_folder, words, folder / "elastic")
+    assert len(one[0].steps) > 4
+    _same_steps(resumed, one[0])
+    assert_near(_weights(student), one[1], 1e-6)
+
+
+def test_sharded_weights_are_those_of_a_whole_student(folder, ranks, student_folder):
+    student = Student(student_folder, precision="float32", device="cpu")
+    load_weights(student, Location.of(str(folder / "sharded")) / "best.safetensors")
+    assert all(torch.equal(ranks[0]["whole"][name], weight) for name, weight in _weights(student).items())
