@@ -43,8 +43,8 @@ class Balance:
         if self._gradient_LE is None:
             seen = Routing(routing.counts_LE, routing.probability_sums_LE.detach(), routing.tokens)
             self.routing = seen if self.routing is None else _added(self.routing, seen)
-        attached: Tensor = _Attach.apply(embeddings_ND, routing.probability_sums_LE, self)  # type: ignore[no-untyped-call]
-        return attached
+        apply: Callable[..., Tensor] = _Attach.apply
+        return apply(embeddings_ND, routing.probability_sums_LE, self)
 
     def settle(self, total: Callable[[Tensor], Tensor] = lambda mine: mine) -> float:
         """Fix the counts; returns the loss without its weight. total: sums a tensor over ranks."""
@@ -69,7 +69,7 @@ class _Attach(torch.autograd.Function):
         return embeddings_ND.view_as(embeddings_ND)
 
     @staticmethod
-    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         return gradient_ND, ctx.balance.gradient_LE, None
 
 

@@ -5,8 +5,9 @@ Defaults stand only here; YAML files hold differences. Unknown keys are errors.
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ SOURCES = ("log", "extractive", "llm")
 RETRIEVERS = ("dense", "bm25")
 TEACHERS = ("embedded", "cross_encoder")
 NEGATIVES = ("top", "spread")
+ROUTERS = ("released", "softmax", "expert_choice")
+WHERE = ("intermediate", "output")
+TRAINED = ("all", "experts")
+MERGE_WEIGHTS = ("load", "uniform")
 
 
 _TINY, _MANY = 1e-9, math.inf
@@ -52,6 +57,10 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "infonce_weight": (0, _MANY), "chunk_tokens": (1, _MANY),
         "passage_tokens": (1, _MANY), "checkpoint_minutes": (0, _MANY),
     },
+    "train.moe": {
+        "experts": (0, 8), "top_k": (1, 2), "jitter": (0, 1), "balance_weight": (0, _MANY),
+    },
+    "merge": {"load_texts": (1, _MANY)},
     "compute": {
         "workers": (1, _MANY), "cpus_per_worker": (1, _MANY), "gpus_per_worker": (0, _MANY),
         "threads": (1, _MANY), "token_budget": (1, _MANY),
@@ -153,6 +162,20 @@ class GroupsConfig:
 
 
 @dataclass
+class MoeConfig:
+    """A mixture of experts in the student's feed-forward layers; it starts as the dense model."""
+
+    experts: int = 0  # copies of a linear to start from; 0: none are added, a student's own stay
+    top_k: int = 1  # experts a token
+    router: str = "softmax"  # softmax: learns; released: as published; expert_choice: experts take tokens
+    where: str = "intermediate"  # the feed-forward's first linear; output: its second
+    layers: list[int] | None = None  # from 0; null: all
+    jitter: float = 0.0  # share by which a router's inputs are shaken in training
+    balance_weight: float = 0.0  # of the load-balancing loss
+    train: str = "all"  # all | experts: experts and routers alone
+
+
+@dataclass
 class TrainConfig:
     batch_queries: int = 4096
     max_epochs: int = 30
@@ -171,12 +194,22 @@ class TrainConfig:
     passage_tokens: int | None = None  # training reads passages only so far; null: the student's own
     chunk_tokens: int = 8192  # of one GradCache chunk, padding included
     checkpoint_minutes: float = 5.0
+    moe: MoeConfig = field(default_factory=MoeConfig)
 
 
 @dataclass
 class EvaluateConfig:
     systems: list[str] = field(default_factory=lambda: ["bm25", "teacher"])  # beside base, adapted
     exclude_same_id: bool = True  # BEIR: a passage whose id is the query's is left out
+
+
+@dataclass
+class MergeConfig:
+    """Of jobs/merge.py, which makes a student with experts dense."""
+
+    weights: str = "load"  # of the experts in the mean: load, as measured on the corpus; uniform
+    load_texts: int = 2_000  # passages that the load is measured on
+    evaluate: bool = True  # on the dataset's judged test queries, before and after
 
 
 @dataclass
@@ -202,6 +235,7 @@ class Config:
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     seed: int = 0
     output_dir: str = "out/run"
@@ -304,6 +338,10 @@ def _check_values(config: Config) -> None:
         ("retrieve.retrievers", config.retrieve.retrievers, RETRIEVERS),
         ("teacher.kind", [config.teacher.kind], TEACHERS),
         ("groups.negatives", [config.groups.negatives], NEGATIVES),
+        ("train.moe.router", [config.train.moe.router], ROUTERS),
+        ("train.moe.where", [config.train.moe.where], WHERE),
+        ("train.moe.train", [config.train.moe.train], TRAINED),
+        ("merge.weights", [config.merge.weights], MERGE_WEIGHTS),
         ("evaluate.systems", config.evaluate.systems, ("bm25", "teacher")),
         ("compute.precision", [config.compute.precision or "float32"], ("float32", "bfloat16")),
     ):
@@ -334,8 +372,9 @@ def _check_values(config: Config) -> None:
     need(0 < config.train.dev_share < 1, "train.dev_share: must lie between 0 and 1")
     for section, ranges in RANGES.items():
         for key, (low, high) in ranges.items():
-            value = getattr(getattr(config, section), key)
+            value = getattr(attrgetter(section)(config), key)
             need(value is None or low <= value <= high, f"{section}.{key}: must lie in [{low}, {high}]")
+    _check_moe(config.train.moe, need)
     need(
         config.compute.logical_cpus >= 8,
         "compute.logical_cpus: must be at least 8: on fewer, streaming stages starve each other. They are "
@@ -378,3 +417,20 @@ def _check_values(config: Config) -> None:
                 number_like and 0 < float(share) <= 1,
                 f"{where}.{key}: the share after ':' must lie in (0, 1]",
             )
+
+
+def _check_moe(moe: MoeConfig, need: Callable[[bool, str], None]) -> None:
+    need(
+        moe.experts == 0 or moe.top_k <= moe.experts,
+        "train.moe.top_k: must not be more than train.moe.experts",
+    )
+    layers = moe.layers
+    need(
+        layers is None or (layers != [] and len(set(layers)) == len(layers) and min(layers) >= 0),
+        "train.moe.layers: name at least one layer, each once, counted from 0, or null",
+    )
+    need(
+        moe.balance_weight == 0 or moe.router == "softmax",
+        "train.moe.balance_weight: only the router 'softmax' learns to share; expert_choice shares by "
+        "itself, and 'released' is kept as it was published",
+    )

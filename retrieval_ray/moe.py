@@ -119,7 +119,8 @@ class Routing:
 class MoELinear(nn.Module):
     """A linear with E experts: (B, T, I) -> (B, T, O); the routers that need no texts take (..., I) too.
 
-    ``mask_BT`` says which tokens are no padding (None: all), see ``note_mask``. ``jitter``: in training mode the router's inputs are multiplied by draws from [1 - jitter, 1 + jitter].
+    ``mask_BT`` says which tokens are no padding (None: all), see ``note_mask``. ``jitter``: in training
+    mode the router's inputs are multiplied by draws from [1 - jitter, 1 + jitter].
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class MoETransformer(Transformer):  # type: ignore[misc]
                 value = tensors.pop(key)
                 if ".dense." not in key.removeprefix(name):
                     experts[key] = value.contiguous()
-            dense = layer.dense or layer.merged()
+            dense = layer.merged() if layer.dense is None else layer.dense
             tensors |= {f"{name}.{key}": value for key, value in dense.state_dict().items()}
         self.model.save_pretrained(output_path, state_dict=tensors)
         self.processor.save_pretrained(output_path)

@@ -24,6 +24,7 @@ MIDDLE = {
     "search",
     "bm25",
     "model_card",
+    "experts",
 }
 LEVELS = (
     "base",

@@ -17,11 +17,13 @@ from ray.train.torch import TorchTrainer
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, Stage, digest, stage
 from retrieval_ray.batching import epoch_batches
-from retrieval_ray.config import to_dict
+from retrieval_ray.config import MoeConfig, to_dict
 from retrieval_ray.errors import UserError
+from retrieval_ray.experts import prepare
 from retrieval_ray.fit import CorpusData, Settings, chosen, fit
 from retrieval_ray.losses import calibrate_temperature
 from retrieval_ray.model_files import Model
+from retrieval_ray.moe import Layout
 from retrieval_ray.progress import progress, say
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
@@ -204,6 +206,8 @@ def _trainer(
             "corpora": corpora,
             "settings": settings,
             "student": student_arguments(context),
+            "layout": _layout(context.config.train.moe),
+            "only_experts": context.config.train.moe.train == "experts",
             "threads": context.profile.threads,
             "folder": target.folder,
             "depth": context.config.teacher.depth,
@@ -221,11 +225,25 @@ def _trainer(
     )
 
 
+def _layout(moe: MoeConfig) -> Layout | None:
+    """The experts to add; None: none."""
+    if not moe.experts:
+        return None
+    layers = None if moe.layers is None else tuple(moe.layers)
+    return Layout(moe.experts, moe.top_k, moe.router, moe.where, layers)
+
+
 def _train_worker(config: dict[str, Any]) -> None:
     """Runs on each worker of the TorchTrainer."""
     torch.set_num_threads(config["threads"])
     rank = ray.train.get_context().get_world_rank()
     student = Student(**config["student"])
+    prepare(
+        student.model,
+        config["layout"],
+        only_experts=config["only_experts"],
+        seed=config["settings"].seed,  # every rank draws the same routers
+    )
     folder: Location = config["folder"]
 
     def on_step(step: int, total: int, terms: Mapping[str, float]) -> None:
