@@ -48,13 +48,7 @@ Made by retrieval_ray (listwise distillation as in arXiv 2502.19712 and 2505.192
 def merged_card(merge: dict[str, Any]) -> str:
     """The card of a model whose experts were merged. merge: the document of merge.json."""
     layout = merge["experts"]
-    rows = "\n".join(
-        f"| {name} ({found['split']}, {found['queries_judged']} queries) | {found['before']['ndcg@10']:.4f} | "
-        f"{found['after']['ndcg@10']:.4f} | {found['delta']['ndcg@10']['mean']:+.4f} "
-        f"({found['delta']['ndcg@10']['ci95'][0]:+.4f} to {found['delta']['ndcg@10']['ci95'][1]:+.4f}, "
-        f"p = {found['delta']['ndcg@10']['p']:.2g}) |"
-        for name, found in merge["datasets"].items()
-    )
+    rows = "\n".join(_merged_row(name, found) for name, found in merge["datasets"].items())
     loss = (
         f"| nDCG@10 | with experts | merged | difference (95 % interval) |\n|---|---|---|---|\n{rows}\n"
         if rows
@@ -63,11 +57,20 @@ def merged_card(merge: dict[str, Any]) -> str:
     how = {"load": "weighted by the tokens that each takes", "uniform": "all alike"}[merge["weights"]]
     return f"""{_front_matter(merge["student"])}# {merge["student"]}, made dense
 
-The experts of each layer ({layout["experts"]}, router `{layout["router"]}`, in `{layout["where"]}`) became their mean,
-{how}: a model of the original architecture, with no code of its own.
+The {layout["experts"]} experts of each layer (router `{layout["router"]}`, in `{layout["where"]}`) became
+their mean, {how}: a model of the original architecture, with no code of its own.
 
 {loss}
 {_usage(experts=False)}"""
+
+
+def _merged_row(name: str, found: dict[str, Any]) -> str:
+    d = found["delta"]["ndcg@10"]
+    return (
+        f"| {name} ({found['split']}, {found['queries_judged']} queries) "
+        f"| {found['before']['ndcg@10']:.4f} | {found['after']['ndcg@10']:.4f} "
+        f"| {d['mean']:+.4f} ({d['ci95'][0]:+.4f} to {d['ci95'][1]:+.4f}, p = {d['p']:.2g}) |"
+    )
 
 
 def _front_matter(base_model: str) -> str:
