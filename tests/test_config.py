@@ -191,7 +191,8 @@ def test_a_misspelt_key_of_one_of_several_corpora_says_which(path: Path) -> None
 def test_a_key_like_no_other_gives_the_known_ones(path: Path) -> None:
     said = error_of(path, "train.qqqqq=1")
     assert "'train.qqqqq'" in said
-    assert all(key.removeprefix("train.") in said for key in leaves() if key.startswith("train."))
+    known = {key.split(".")[1] for key in leaves() if key.startswith("train.")}
+    assert "moe" in known and all(key in said for key in known)
 
 
 @given(st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12))
@@ -294,6 +295,10 @@ def test_a_value_of_the_wrong_type_names_its_key(path: Path, override: str) -> N
         ("retrieve.retrievers=[dense,colbert]", ["dense", "bm25"]),
         ("teacher.kind=oracle", ["embedded", "cross_encoder"]),
         ("evaluate.systems=[bm25,human]", ["bm25", "teacher"]),
+        ("train.moe.router=hash", ["released", "softmax", "expert_choice"]),
+        ("train.moe.where=attention", ["intermediate", "output"]),
+        ("train.moe.train=router", ["all", "experts"]),
+        ("merge.weights=best", ["load", "uniform"]),
         ("compute.precision=float16", ["float32", "bfloat16"]),
         ("teacher.weights.splade=1", ["late", "bm25", "dense"]),
     ],
@@ -330,6 +335,25 @@ def test_values_that_contradict_each_other_name_the_key(path: Path, override: st
     section, _, rest = override.partition(".")
     named = "teacher.model" if rest.startswith("kind=") else override.partition("=")[0]
     assert named in error_of(path, override)
+
+
+def test_experts_are_off_until_they_are_asked_for(path: Path) -> None:
+    assert load(str(path)).train.moe.experts == 0
+    moe = load(str(path), ["train.moe.experts=8", "train.moe.top_k=2", "train.moe.layers=[0,3]"]).train.moe
+    assert (moe.experts, moe.top_k, moe.layers) == (8, 2, [0, 3])
+    assert "train.moe.top_k" in error_of(path, "train.moe.experts=1", "train.moe.top_k=2")
+    assert load(str(path), ["train.moe.balance_weight=0.01"])
+    for router in ("released", "expert_choice"):
+        said = error_of(path, "train.moe.balance_weight=0.01", f"train.moe.router={router}")
+        assert "train.moe.balance_weight" in said
+
+
+def test_the_choices_of_experts_are_those_there_are() -> None:
+    from retrieval_ray import config, moe
+
+    assert config.ROUTERS == tuple(moe.ROUTERS) and config.WHERE == moe.WHERE
+    assert config.RANGES["train.moe"]["experts"] == (0, moe.MAX_EXPERTS)
+    assert config.RANGES["train.moe"]["top_k"] == (1, moe.MAX_TOP_K)
 
 
 def test_an_llm_must_be_named_and_an_endpoint_must_have_an_address(path: Path) -> None:
@@ -407,6 +431,16 @@ def test_values_on_the_edge_are_accepted(path: Path) -> None:
         "train.infonce_weight=-1",
         "train.chunk_tokens=0",
         "train.checkpoint_minutes=-1",
+        "train.moe.experts=9",
+        "train.moe.experts=-1",
+        "train.moe.top_k=0",
+        "train.moe.top_k=3",
+        "train.moe.layers=[]",
+        "train.moe.layers=[1,1]",
+        "train.moe.layers=[-1]",
+        "train.moe.jitter=1.1",
+        "train.moe.balance_weight=-1",
+        "merge.load_texts=0",
         "compute.threads=0",
         "compute.gpus_per_worker=-1",
     ],
