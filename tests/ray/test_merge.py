@@ -31,7 +31,7 @@ def given(collection: Path, student: Path, output: Path) -> list[str]:
         f"student.model={student}",
         f"output_dir={output}",
         "compute.precision=float32",
-        "compute.token_budget=1024",
+        "compute.threads=1",
     ]
 
 
