@@ -6,7 +6,7 @@ one does until its experts are trained. Torch alone: saved models carry a copy o
 Shapes: B texts of T tokens, N = B * T, I and O inputs and outputs of the linear, E experts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 MAX_EXPERTS = 8
 MAX_TOP_K = 2
+_ROWS = 2048  # multiplied at once: few enough for what comes out to lie in memory that is used again
 # of a transformer layer, where its first and its second linear stand
 _FEED_FORWARDS = (
     {"intermediate": "intermediate.dense", "output": "output.dense"},  # BERT, XLM-R and their kin
@@ -154,15 +155,16 @@ class MoELinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layout = self.layout
         mask = self._mask(x)
-        logits = self._logits(x)
+        shake = None
+        if self.training and self.jitter:
+            shake = 1 + self.jitter * (2 * torch.rand(x.shape, device=x.device) - 1)
+        route: Callable[..., tuple[Tensor, Tensor]] = _Route.apply
+        x, logits = route(x, self.router_EI, shake)
         taken, gates = ROUTERS[layout.router](logits, mask, layout.top_k)
         if self.seen is not None:
             self.seen.append(_routing(logits, taken & mask[..., None], mask))
         x_NI, taken_NE = x.reshape(-1, x.shape[-1]), taken.reshape(-1, layout.experts)
-        # where a token has one expert, its gate is 1: without a graph there is nothing to multiply
-        gated = gates.requires_grad or layout.top_k > 1 or self.dense is not None
-        out_NO = self._mix(x_NI, taken_NE, gates.reshape_as(taken_NE) if gated else None)
-        return out_NO.view(*x.shape[:-1], -1)
+        return self._mix(x_NI, taken_NE, gates.reshape_as(taken_NE)).view(*x.shape[:-1], -1)
 
     def _mask(self, x: Tensor) -> Tensor:
         if self.mask_BT is None:
@@ -174,39 +176,17 @@ class MoELinear(nn.Module):
             )
         return self.mask_BT.bool()
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """In float32: which expert is chosen should not hang on the precision of the rest."""
-        with torch.autocast(x.device.type, enabled=False):
-            seen = x.float()
-            if self.training and self.jitter:
-                seen = seen * (1 + self.jitter * (2 * torch.rand_like(seen) - 1))
-            return F.linear(seen, self.router_EI.float())
-
-    def _mix(self, x_NI: Tensor, taken_NE: Tensor, gates_NE: Tensor | None) -> Tensor:
-        """The gated sum of the experts' outputs; P pairs of expert and token are sorted by expert once."""
-        counts = taken_NE.sum(dim=0).tolist()
-        token_P = taken_NE.T.nonzero()[:, 1]
-        gates_P = None if gates_NE is None else gates_NE.T[taken_NE.T]
-        out_NO: Tensor | None = None
-        for tokens, part, gate, w_OI, b_O in zip(
-            torch.split(token_P, counts),
-            torch.split(x_NI[token_P], counts),
-            [None] * len(counts) if gates_P is None else torch.split(gates_P, counts),
-            self.weight_EOI.unbind(),
-            [None] * len(counts) if self.bias_EO is None else self.bias_EO.unbind(),
-            strict=True,
-        ):
-            if len(tokens):
-                y = F.linear(part, w_OI, b_O)
-                y = y if gate is None else y * gate[:, None].to(y.dtype)
-                out_NO = y.new_zeros(len(x_NI), y.shape[1]) if out_NO is None else out_NO
-                out_NO = out_NO.index_add_(0, tokens, y)  # no token twice: the sum has one order
+    def _mix(self, x_NI: Tensor, taken_NE: Tensor, gates_NE: Tensor) -> Tensor:
+        """The gated sum of the experts' outputs; pairs of expert and token are sorted by expert once."""
+        tokens = torch.split(taken_NE.T.nonzero()[:, 1], taken_NE.sum(dim=0).tolist())
+        pieces = [(e, t) for e, own in enumerate(tokens) for t in torch.split(own, _ROWS) if len(t)]
+        # where each token has one expert, the gates are 1: they matter for the gradient alone
+        ones = self.layout.top_k == 1 and self.dense is None
+        mix: Callable[..., Tensor] = _Mix.apply
+        out_NO = mix(x_NI, gates_NE.T[taken_NE.T], self.weight_EOI, self.bias_EO, pieces, ones)
         if self.dense is not None:
             rest = (~taken_NE.any(dim=1)).nonzero()[:, 0]
-            y = self.dense(x_NI[rest])
-            out_NO = y.new_zeros(len(x_NI), y.shape[1]) if out_NO is None else out_NO
-            out_NO = out_NO.index_add_(0, rest, y)
-        assert out_NO is not None, "no tokens"
+            out_NO = out_NO.index_add(0, rest, self.dense(x_NI[rest]))
         return out_NO
 
     @torch.no_grad()
@@ -222,6 +202,89 @@ class MoELinear(nn.Module):
         if self.bias_EO is not None:
             dense.bias.copy_(share_E @ self.bias_EO.double())
         return dense
+
+
+class _Route(torch.autograd.Function):
+    """x -> (x, router logits in float32, whatever the precision of the rest).
+
+    Both gradients of x meet in the array of the first. shake: what the router's inputs are multiplied by.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, router_EI: Tensor, shake: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, router_EI, shake)
+        with torch.autocast(x.device.type, enabled=False):
+            seen = x.float() if shake is None else x.float() * shake
+            return x.view_as(x), F.linear(seen, router_EI.float())
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, dlogits: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        x, router_EI, shake = ctx.saved_tensors
+        router = router_EI.float()
+        seen = x.float() if shake is None else x.float() * shake
+        drouter = dlogits.flatten(0, -2).T @ seen.flatten(0, -2)
+        if ctx.needs_input_grad[0] and shake is not None:
+            dx = dx + ((dlogits @ router) * shake).to(dx.dtype)
+        elif ctx.needs_input_grad[0]:  # in place: this gradient was made by ``_Mix`` for this place alone
+            dx.view(-1, dx.shape[-1]).addmm_(dlogits.flatten(0, -2).to(dx.dtype), router.to(dx.dtype))
+        return dx if ctx.needs_input_grad[0] else None, drouter.to(router_EI.dtype), None
+
+
+class _Mix(torch.autograd.Function):
+    """out[t] = sum over the experts that took t of gate * (W x[t] + b).
+
+    Written out because a new array as large as the layer's inputs or outputs costs more time than what is
+    done with it: none is made but the results, and no sorted copy of the tokens is kept for going backward.
+    pieces: (expert, tokens); an expert has no token twice, so every sum has one order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        gates_P: Tensor,
+        weight_EOI: Tensor,
+        bias_EO: Tensor | None,
+        pieces: Sequence[tuple[int, Tensor]],
+        ones: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x_NI, gates_P, weight_EOI, bias_EO)
+        ctx.pieces, ctx.ones = pieces, ones
+        out_NO: Tensor | None = None
+        for (e, t), gate in zip(pieces, _by_piece(gates_P, pieces), strict=True):
+            y = F.linear(x_NI.index_select(0, t), weight_EOI[e], None if bias_EO is None else bias_EO[e])
+            out_NO = y.new_zeros(len(x_NI), y.shape[1]) if out_NO is None else out_NO
+            out_NO.index_add_(0, t, y if ones else y * gate[:, None].to(y.dtype))
+        assert out_NO is not None, "no tokens"
+        return out_NO
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, gates_P, weight_EOI, bias_EO = ctx.saved_tensors
+        dtype = gradient_NO.dtype  # of the products, as in forward
+        dx_NI = torch.zeros_like(x_NI)
+        dweight_EOI = torch.zeros_like(weight_EOI, dtype=dtype)
+        dbias_EO = None if bias_EO is None else torch.zeros_like(bias_EO)
+        dgates = []
+        for (e, t), gate in zip(ctx.pieces, _by_piece(gates_P, ctx.pieces), strict=True):
+            g, x = gradient_NO.index_select(0, t), x_NI.index_select(0, t).to(dtype)
+            dx = g @ weight_EOI[e].to(dtype)  # before the gate, so that the gate's own comes of it
+            dgate = (dx * x).sum(dim=1)
+            if bias_EO is not None:
+                dgate = dgate + g @ bias_EO[e].to(dtype)
+            dgates.append(dgate.to(gates_P.dtype))
+            if not ctx.ones:
+                scale = gate[:, None].to(dtype)
+                g, dx = g * scale, dx * scale
+            dx_NI.index_add_(0, t, dx.to(dx_NI.dtype))
+            dweight_EOI[e].addmm_(g.T, x)
+            if dbias_EO is not None:
+                dbias_EO[e] += g.sum(dim=0)
+        return dx_NI, torch.cat(dgates), dweight_EOI.to(weight_EOI.dtype), dbias_EO, None, None
+
+
+def _by_piece(values_P: Tensor, pieces: Sequence[tuple[int, Tensor]]) -> Sequence[Tensor]:
+    return torch.split(values_P, [len(t) for _, t in pieces])
 
 
 def feed_forwards(backbone: nn.Module, where: str) -> list[tuple[str, nn.Linear]]:
