@@ -6,7 +6,7 @@ Defaults stand only here; YAML files hold differences. Unknown keys are errors.
 import difflib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -31,6 +31,10 @@ MODELS = ("cross_encoder", "seq2seq", "yes_no", "listwise")  # teachers that nee
 MEMBERS = (*EMBEDDED, *MODELS)
 TEACHERS = ("embedded", "ensemble", "late", *MODELS)
 TEACHER_ENGINES = ("transformers", "vllm")
+ROUTERS = ("released", "softmax", "expert_choice")
+WHERE = ("intermediate", "output")
+TRAINED = ("all", "experts")
+MERGE_WEIGHTS = ("load", "uniform")
 
 _TINY, _MANY = 1e-9, math.inf
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays allowed where it is
@@ -75,6 +79,10 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "kl": (0, _MANY), "infonce": (0, _MANY), "infonce_list": (0, _MANY), "margin_mse": (0, _MANY),
         "ranking": (0, _MANY), "clp": (0, _MANY),
     },
+    "train.moe": {
+        "experts": (0, 8), "top_k": (1, 2), "jitter": (0, 1), "balance_weight": (0, _MANY),
+    },
+    "merge": {"load_texts": (1, _MANY)},
     "compute": {
         "workers": (1, _MANY), "min_workers": (1, _MANY), "cpus_per_worker": (1, _MANY),
         "gpus_per_worker": (0, _MANY), "threads": (1, _MANY), "token_budget": (1, _MANY),
@@ -244,6 +252,20 @@ class TermsConfig:
 
 
 @dataclass
+class MoeConfig:
+    """A mixture of experts in the student's feed-forward layers; it starts as the dense model."""
+
+    experts: int = 0  # copies of a linear to start from; 0: none are added, a student's own stay
+    top_k: int = 1  # experts a token
+    router: str = "softmax"  # softmax: learns; released: as published; expert_choice: experts take tokens
+    where: str = "intermediate"  # the feed-forward's first linear; output: its second
+    layers: list[int] | None = None  # from 0; null: all
+    jitter: float = 0.0  # share by which a router's inputs are shaken in training
+    balance_weight: float = 0.0  # of the load-balancing loss
+    train: str = "all"  # all | experts: experts and routers alone
+
+
+@dataclass
 class TrainConfig:
     batch_queries: int = 4096
     max_epochs: int = 30
@@ -265,6 +287,7 @@ class TrainConfig:
     chunk_tokens: int = 8192  # of one GradCache chunk, padding included
     activation_gib: float | None = None  # that kept graphs may take; null: a share of what is free
     checkpoint_minutes: float = 5.0
+    moe: MoeConfig = field(default_factory=MoeConfig)
 
 
 @dataclass
@@ -290,6 +313,15 @@ class RerankerConfig:
     warmup_share: float = 0.1
     max_tokens: int = 256  # of a pair
     checkpoint_minutes: float = 10.0
+
+
+@dataclass
+class MergeConfig:
+    """Of jobs/merge.py, which makes a student with experts dense."""
+
+    weights: str = "load"  # of the experts in the mean: load, as measured on the corpus; uniform
+    load_texts: int = 2_000  # passages that the load is measured on
+    evaluate: bool = True  # on the dataset's judged test queries, before and after
 
 
 @dataclass
@@ -321,6 +353,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     reranker: RerankerConfig = field(default_factory=RerankerConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     pairs: str | None = None  # what jobs/score.py judges: a TREC run, or a table as jsonl or parquet
     seed: int = 0
@@ -443,6 +476,10 @@ def _check_values(config: Config) -> None:
         ("teacher.kind", [config.teacher.kind], TEACHERS),
         ("groups.negatives", [config.groups.negatives], tuple(NEGATIVES)),
         ("groups.margin_scores", [config.groups.margin_scores], MARGIN_SCORES),
+        ("train.moe.router", [config.train.moe.router], ROUTERS),
+        ("train.moe.where", [config.train.moe.where], WHERE),
+        ("train.moe.train", [config.train.moe.train], TRAINED),
+        ("merge.weights", [config.merge.weights], MERGE_WEIGHTS),
         ("evaluate.systems", config.evaluate.systems, ("bm25", "teacher")),
         ("compute.precision", [config.compute.precision or "float32"], ("float32", "bfloat16")),
     ):
@@ -498,6 +535,11 @@ def _check_values(config: Config) -> None:
         for key, (low, high) in ranges.items():
             value = getattr(attrgetter(section)(config), key)
             need(value is None or low <= value <= high, f"{section}.{key}: must lie in [{low}, {high}]")
+    _check_moe(config.train.moe, need)
+    need(
+        config.train.moe.experts == 0 or config.student.lora.r is None,
+        "train.moe.experts: not together with student.lora",
+    )
     need(
         config.compute.fewest_workers() <= config.compute.workers,
         "compute.min_workers: must not be more than compute.workers",
@@ -609,4 +651,21 @@ def _check_teacher(teacher: TeacherConfig) -> None:
     need(
         weights is None or (min(weights.values(), default=0) >= 0 and sum(weights.values()) > 0),
         "teacher.weights: must not be negative, and one must be more than 0",
+    )
+
+
+def _check_moe(moe: MoeConfig, need: Callable[[bool, str], None]) -> None:
+    need(
+        moe.experts == 0 or moe.top_k <= moe.experts,
+        "train.moe.top_k: must not be more than train.moe.experts",
+    )
+    layers = moe.layers
+    need(
+        layers is None or (layers != [] and len(set(layers)) == len(layers) and min(layers) >= 0),
+        "train.moe.layers: name at least one layer, each once, counted from 0, or null",
+    )
+    need(
+        moe.balance_weight == 0 or moe.router == "softmax",
+        "train.moe.balance_weight: only the router 'softmax' learns to share; expert_choice shares by "
+        "itself, and 'released' is kept as it was published",
     )

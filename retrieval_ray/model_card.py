@@ -5,10 +5,10 @@ from typing import Any
 from retrieval_ray.metrics import METRICS
 
 
-def model_card(base_model: str, teacher: str, metrics: dict[str, Any]) -> str:
+def model_card(base_model: str, teacher: str, metrics: dict[str, Any], *, experts: bool = False) -> str:
     """A model card in Markdown, with the front matter that model hubs read.
 
-    metrics: the document of metrics.json.
+    metrics: the document of metrics.json. experts: whether the model has some, and so code of its own.
     """
     delta = metrics["delta"]["ndcg@10"]
     adapted = metrics["decision"] == "adapted"
@@ -30,13 +30,7 @@ def model_card(base_model: str, teacher: str, metrics: dict[str, Any]) -> str:
         if adapted
         else ""
     )
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-base_model: {base_model}
-tags: [sentence-transformers, retrieval, retrieval-ray]
----
-# {base_model} for `{metrics["dataset"]}`
+    return f"""{_front_matter(base_model)}# {base_model} for `{metrics["dataset"]}`
 
 {summary}
 
@@ -44,13 +38,63 @@ tags: [sentence-transformers, retrieval, retrieval-ray]
 |---|{"---|" * len(METRICS)}
 {rows}
 
-```python
-from sentence_transformers import SentenceTransformer
-model = SentenceTransformer("path/to/this/folder")
-scores = model.similarity(model.encode_query("a question"), model.encode_document(["a passage"]))
-```
-
+{_usage(experts)}
 Made by retrieval_ray (listwise distillation as in arXiv 2502.19712 and 2505.19274):
 - teacher: {teacher}, weights {metrics["gate"]["weights"]}
 - training queries kept: {metrics["queries"]["kept"]}, rejected: {metrics["queries"]["rejected"]}
 {details}"""
+
+
+def merged_card(merge: dict[str, Any]) -> str:
+    """The card of a model whose experts were merged. merge: the document of merge.json."""
+    layout = merge["experts"]
+    rows = "\n".join(_merged_row(name, found) for name, found in merge["datasets"].items())
+    loss = (
+        f"| nDCG@10 | with experts | merged | difference (95 % interval) |\n|---|---|---|---|\n{rows}\n"
+        if rows
+        else "What this costs in quality was not measured.\n"
+    )
+    how = {"load": "weighted by the tokens that each takes", "uniform": "all alike"}[merge["weights"]]
+    return f"""{_front_matter(merge["student"])}# {merge["student"]}, made dense
+
+The {layout["experts"]} experts of each layer (router `{layout["router"]}`, in `{layout["where"]}`) became
+their mean, {how}: a model of the original architecture, with no code of its own.
+
+{loss}
+{_usage(experts=False)}"""
+
+
+def _merged_row(name: str, found: dict[str, Any]) -> str:
+    d = found["delta"]["ndcg@10"]
+    return (
+        f"| {name} ({found['split']}, {found['queries_judged']} queries) "
+        f"| {found['before']['ndcg@10']:.4f} | {found['after']['ndcg@10']:.4f} "
+        f"| {d['mean']:+.4f} ({d['ci95'][0]:+.4f} to {d['ci95'][1]:+.4f}, p = {d['p']:.2g}) |"
+    )
+
+
+def _front_matter(base_model: str) -> str:
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+base_model: {base_model}
+tags: [sentence-transformers, retrieval, retrieval-ray]
+---
+"""
+
+
+def _usage(experts: bool) -> str:
+    load = 'SentenceTransformer("path/to/this/folder")'
+    note = ""
+    if experts:
+        load = 'SentenceTransformer("path/to/this/folder", trust_remote_code=True)'
+        note = (
+            "Its feed-forward layers have experts, whose code lies in this folder; "
+            '`retrieval_ray.load("path/to/this/folder")` needs no such trust.\n\n'
+        )
+    return f"""{note}```python
+from sentence_transformers import SentenceTransformer
+model = {load}
+scores = model.similarity(model.encode_query("a question"), model.encode_document(["a passage"]))
+```
+"""

@@ -3,16 +3,23 @@
 import atexit
 import hashlib
 import importlib.util
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.errors import UserError
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 BUNDLED = "all-MiniLM-L6-v2"
 _WEIGHTLESS = {".md", ".png"}
+_IN_FOLDER = "moe_transformer.MoETransformer"  # how modules.json names the class that lies in the folder
+_IN_PACKAGE = f"retrieval_ray.{_IN_FOLDER}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,44 @@ def resolve_model(name: str | Location, key: str) -> str:
         raise UserError(
             f"{key}: no model '{name}': neither a folder nor a hub id that can be reached ({error})"
         ) from error
+
+
+def load_model(path: str, **options: Any) -> "SentenceTransformer":
+    """The model in a local folder, ready to encode. options: those of ``SentenceTransformer``.
+
+    Experts are loaded with this package's own code: no code of the folder runs unless
+    ``trust_remote_code`` is among the options.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    options = {**options, "model_kwargs": {"use_safetensors": True, **options.get("model_kwargs", {})}}
+    if not _has_experts(Path(path)):
+        return SentenceTransformer(path, **options)
+    from retrieval_ray.moe_transformer import MoETransformer
+
+    # Not public, and the one way to say which class stands for a name without trusting the folder's code.
+    return SentenceTransformer._load_with_module_classes(
+        path, dict.fromkeys((_IN_FOLDER, _IN_PACKAGE), MoETransformer), **options
+    )
+
+
+def save_model(model: "SentenceTransformer", folder: str) -> None:
+    """Write a folder that plain sentence-transformers loads; with experts, if told ``trust_remote_code``."""
+    model.save(folder, create_model_card=False, safe_serialization=True)
+    modules = Path(folder) / "modules.json"
+    content = modules.read_text(encoding="utf-8")
+    modules.write_text(content.replace(f'"{_IN_PACKAGE}"', f'"{_IN_FOLDER}"'), encoding="utf-8")
+
+
+def _has_experts(folder: Path) -> bool:
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return False
+    try:
+        types = [module["type"] for module in json.loads(modules.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError):  # sentence-transformers says what is wrong with it
+        return False
+    return _IN_FOLDER in types or _IN_PACKAGE in types
 
 
 def hub_id(source: str | Location) -> tuple[str, str | None] | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from retrieval_ray.artifacts import Location
 from retrieval_ray.batching import cut_chunks
 from retrieval_ray.errors import UserError
-from retrieval_ray.model_files import resolve_model
+from retrieval_ray.model_files import load_model, resolve_model, save_model
 from retrieval_ray.tokens import Tokens
 
 Role = Literal["query", "passage"]
@@ -45,7 +45,6 @@ class Student:
         max_passage_tokens: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import Normalize
         from transformers.utils import logging
 
@@ -55,11 +54,11 @@ class Student:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision = precision
         try:
-            self.model = SentenceTransformer(
+            self.model = load_model(
                 path,
                 device=str(self.device),
                 trust_remote_code=trust_remote_code,
-                model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+                model_kwargs={"dtype": torch.float32},
                 local_files_only=True,
             )
         except Exception as error:  # a broken folder makes the libraries raise anything at all
@@ -197,12 +196,12 @@ class Student:
             self.model[0].auto_model.set_attn_implementation("eager")
 
     def save(self, folder: str) -> None:
-        """Write a folder that plain sentence-transformers loads (safetensors only)."""
+        """Write a folder that plain sentence-transformers loads (safetensors only), see ``save_model``."""
         self.model.prompts = {"query": self.prompts["query"], "document": self.prompts["passage"]}
         default = self.model.default_prompt_name
         default = "document" if default == "passage" else default
         self.model.default_prompt_name = default if default in self.model.prompts else None
-        self.model.save(folder, create_model_card=False, safe_serialization=True)
+        save_model(self.model, folder)
 
     def _features(self, rows: Sequence[Tokens], role: Role) -> dict[str, Any]:
         longest = max(map(len, rows))

@@ -177,3 +177,57 @@ def make_family(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> C
     from tests.families import save_family
 
     return functools.cache(lambda family: save_family(family, words, tmp_path_factory.mktemp("family")))
+
+
+@pytest.fixture(scope="session")
+def make_backbone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A function that writes a tiny student around a random bert, xlm-roberta or modernbert; each once."""
+    folders: dict[str, str] = {}
+
+    def make(kind: str) -> str:
+        if kind not in folders:
+            folders[kind] = _backbone_student(kind, tmp_path_factory.mktemp("models"))
+        return folders[kind]
+
+    return make
+
+
+def _backbone_student(kind: str, place: Path) -> str:
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import (
+        AutoModel,
+        BertTokenizerFast,
+        ModernBertConfig,
+        XLMRobertaConfig,
+    )
+
+    vocabulary = _save_tokenizer(place / "backbone")
+    inputs = ["input_ids", "attention_mask"]
+    BertTokenizerFast(vocab=str(place / "backbone" / "vocab.txt"), model_input_names=inputs).save_pretrained(
+        place / "backbone"
+    )
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 96,
+        "pad_token_id": 0,
+    }
+    wide: dict[str, Any] = {"initializer_range": 0.3}
+    configs = {
+        "bert": lambda: _bert_config(vocabulary),
+        "xlm-roberta": lambda: XLMRobertaConfig(**sizes, **wide, type_vocab_size=1),
+        "modernbert": lambda: ModernBertConfig(
+            **sizes, **wide, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3, local_attention=8
+        ),
+    }
+    torch.manual_seed(0)
+    AutoModel.from_config(configs[kind]()).save_pretrained(place / "backbone")
+    modules = [Transformer(str(place / "backbone"), max_seq_length=48), Pooling(HIDDEN, pooling_mode="mean")]
+    folder = str(place / "student")
+    SentenceTransformer(modules=modules, device="cpu").save(folder, create_model_card=False)
+    return folder

@@ -192,7 +192,7 @@ def test_a_key_like_no_other_gives_the_known_ones(path: Path) -> None:
     said = error_of(path, "train.qqqqq=1")
     assert "'train.qqqqq'" in said
     known = {key.split(".")[1] for key in leaves() if key.startswith("train.")}
-    assert "terms" in known and all(key in said for key in known)
+    assert {"terms", "moe"} <= set(known) and all(key in said for key in known)
 
 
 def test_the_terms_of_the_loss_are_those_that_can_be_computed() -> None:
@@ -309,6 +309,10 @@ def test_a_value_of_the_wrong_type_names_its_key(path: Path, override: str) -> N
         ("retrieve.retrievers=[dense,colbert]", ["dense", "bm25"]),
         ("teacher.kind=oracle", ["embedded", "ensemble", "cross_encoder", "seq2seq", "yes_no", "listwise"]),
         ("evaluate.systems=[bm25,human]", ["bm25", "teacher"]),
+        ("train.moe.router=hash", ["released", "softmax", "expert_choice"]),
+        ("train.moe.where=attention", ["intermediate", "output"]),
+        ("train.moe.train=router", ["all", "experts"]),
+        ("merge.weights=best", ["load", "uniform"]),
         ("compute.precision=float16", ["float32", "bfloat16"]),
         ("teacher.weights.splade=1", ["late", "bm25", "dense"]),
     ],
@@ -358,6 +362,25 @@ def test_lora_needs_its_package(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "student.lora.targets" in error_of(path, "student.lora={r: 8, targets: []}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install" in error_of(path, "student.lora.r=8")
+
+
+def test_experts_are_off_until_they_are_asked_for(path: Path) -> None:
+    assert load(str(path)).train.moe.experts == 0
+    moe = load(str(path), ["train.moe.experts=8", "train.moe.top_k=2", "train.moe.layers=[0,3]"]).train.moe
+    assert (moe.experts, moe.top_k, moe.layers) == (8, 2, [0, 3])
+    assert "train.moe.top_k" in error_of(path, "train.moe.experts=1", "train.moe.top_k=2")
+    assert load(str(path), ["train.moe.balance_weight=0.01"])
+    for router in ("released", "expert_choice"):
+        said = error_of(path, "train.moe.balance_weight=0.01", f"train.moe.router={router}")
+        assert "train.moe.balance_weight" in said
+
+
+def test_the_choices_of_experts_are_those_there_are() -> None:
+    from retrieval_ray import config, moe
+
+    assert config.ROUTERS == tuple(moe.ROUTERS) and config.WHERE == moe.WHERE
+    assert config.RANGES["train.moe"]["experts"] == (0, moe.MAX_EXPERTS)
+    assert config.RANGES["train.moe"]["top_k"] == (1, moe.MAX_TOP_K)
 
 
 def test_an_llm_must_be_named_and_an_endpoint_must_have_an_address(path: Path) -> None:
@@ -438,6 +461,16 @@ def test_values_on_the_edge_are_accepted(path: Path) -> None:
         "train.terms.infonce=-1",
         "train.chunk_tokens=0",
         "train.checkpoint_minutes=-1",
+        "train.moe.experts=9",
+        "train.moe.experts=-1",
+        "train.moe.top_k=0",
+        "train.moe.top_k=3",
+        "train.moe.layers=[]",
+        "train.moe.layers=[1,1]",
+        "train.moe.layers=[-1]",
+        "train.moe.jitter=1.1",
+        "train.moe.balance_weight=-1",
+        "merge.load_texts=0",
         "compute.threads=0",
         "compute.gpus_per_worker=-1",
     ],

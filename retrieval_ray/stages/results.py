@@ -165,7 +165,12 @@ def _write_models(
             ).save(local)
             Location.of(local).copy_to(output / "model")
     teacher = context.config.teacher
-    card = model_card(context.config.student.model, f"{teacher.kind} {teacher.model or ''}".strip(), document)
+    card = model_card(
+        context.config.student.model,
+        f"{teacher.kind} {teacher.model or ''}".strip(),
+        document,
+        experts=(output / "model" / "moe.json").exists(),
+    )
     (output / "model" / "README.md").write(card.encode())
 
 

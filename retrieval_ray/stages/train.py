@@ -19,12 +19,14 @@ from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, Stage, digest, stage
 from retrieval_ray.batching import epoch_batches
 from retrieval_ray.checkpoints import load_weights
-from retrieval_ray.config import to_dict
+from retrieval_ray.config import MoeConfig, to_dict
 from retrieval_ray.errors import UserError
+from retrieval_ray.experts import prepare
 from retrieval_ray.fit import CorpusData, Settings, fit
 from retrieval_ray.lora import add_lora
 from retrieval_ray.losses import calibrate_temperature
 from retrieval_ray.model_files import Model
+from retrieval_ray.moe import Layout
 from retrieval_ray.objective import Objective
 from retrieval_ray.progress import progress, say
 from retrieval_ray.schedule import LEAST_STEPS, batch_size
@@ -234,6 +236,8 @@ def _trainer(
             "student": student_arguments(context),
             "lora": _lora(context),
             "shard": context.config.train.shard,
+            "layout": _layout(context.config.train.moe),
+            "only_experts": context.config.train.moe.train == "experts",
             "threads": context.profile.threads,
             "folder": target.folder,
             "depth": context.config.teacher.depth,
@@ -255,6 +259,14 @@ def _trainer(
             ),
         ),
     )
+
+
+def _layout(moe: MoeConfig) -> Layout | None:
+    """The experts to add; None: none."""
+    if not moe.experts:
+        return None
+    layers = None if moe.layers is None else tuple(moe.layers)
+    return Layout(moe.experts, moe.top_k, moe.router, moe.where, layers)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -305,8 +317,14 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 
 def _student(config: Mapping[str, Any]) -> tuple[Student, Callable[[], None]]:
-    """The student to train, whole, and the function that merges its LoRA, if it has one."""
+    """The student to train, whole and with its experts, and the function that merges its LoRA, if any."""
     student = Student(**config["student"] | ({"device": "cpu"} if config["shard"] else {}))
+    prepare(
+        student.model,
+        config["layout"],
+        only_experts=config["only_experts"],
+        seed=config["settings"].seed,  # every rank draws the same routers
+    )
     if config["lora"] is None:
         return student, lambda: None
     return student, add_lora(student, **config["lora"])

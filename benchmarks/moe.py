@@ -1,0 +1,126 @@
+"""What do batched experts cost against the dense linear they were copied from?
+
+    python benchmarks/moe.py [--quick]
+
+Forward and backward of one layer at top-1 on the tokens of one training chunk, with the shapes of the bundled
+student on a CPU and of BGE-M3 on a GPU; the linear's own time against it, interleaved, medians. Equal outputs
+are shown first. The ratio is that of the worst case: dense time / time with experts, at least 1 / 1.3. The
+last line is one JSON object; without ``--quick`` it is also written to benchmarks/results/.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from retrieval_ray.moe import WHERE, Layout, MoELinear
+from retrieval_ray.student import probe_precision
+
+TOKENS = 8192  # of a chunk, train.chunk_tokens
+SIZES = {"cpu": (384, 1536), "cuda": (1024, 4096)}  # hidden and inner: all-MiniLM-L6-v2, BGE-M3
+MODES = ("encode", "train")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer experts and rounds")
+    quick = parser.parse_args().quick
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = probe_precision()
+    cases = []
+    for where, router, experts, mode in itertools.product(
+        WHERE, ("softmax", "released"), (2, 8) if quick else (2, 4, 8), MODES
+    ):
+        cases.append(_case(device, precision, Layout(experts, 1, router, where), mode, 3 if quick else 9))
+        print(json.dumps(cases[-1]), file=sys.stderr)
+    worst = min(cases, key=lambda case: case["ratio"])
+    result = {
+        "benchmark": "moe",
+        "ratio": worst["ratio"],
+        "ours": worst["ours"],
+        "peer": worst["peer"],
+        "unit": "ms",
+        "equal": all(case["equal"] for case in cases),
+        "bound": round(1 / 1.3, 3),
+        "cases": cases,
+        "tokens": TOKENS,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
+        "commit": _commit(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    if not quick:
+        target = Path(__file__).parent / "results" / "moe.json"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def _case(device: torch.device, precision: str, layout: Layout, mode: str, rounds: int) -> dict[str, object]:
+    torch.manual_seed(0)
+    hidden, inner = SIZES[device.type]
+    inputs, outputs = (hidden, inner) if layout.where == "intermediate" else (inner, hidden)
+    dense = nn.Linear(inputs, outputs)
+    layers = {"peer": dense, "ours": MoELinear(copy.deepcopy(dense), layout)}
+    x = torch.randn(TOKENS // 128, 128, inputs, device=device, requires_grad=mode == "train")
+    gradient = torch.randn(TOKENS // 128, 128, outputs, device=device)
+
+    def run(layer: nn.Module) -> Tensor:
+        with (
+            torch.set_grad_enabled(mode == "train"),
+            torch.autocast(device.type, torch.bfloat16, precision == "bfloat16"),
+        ):
+            out: Tensor = layer(x)
+        if mode == "train":
+            out.backward(gradient.to(out.dtype))
+        return out.detach()
+
+    results = {name: run(layer.to(device)) for name, layer in layers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for _ in range(rounds):
+        for name, layer in layers.items():
+            seconds[name].append(_timed(device, lambda layer=layer: run(layer)))
+    ms = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    return {
+        "where": layout.where,
+        "router": layout.router,
+        "experts": layout.experts,
+        "mode": mode,
+        "ratio": round(ms["peer"] / ms["ours"], 3),
+        "ours": round(ms["ours"], 3),
+        "peer": round(ms["peer"], 3),
+        "equal": bool(torch.allclose(results["ours"], results["peer"], atol=1e-4, rtol=1e-2)),
+    }
+
+
+def _timed(device: torch.device, run: Callable[[], object]) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
