@@ -41,7 +41,7 @@ def embed_cached(
         pieces += [embed(chunk) for chunk in chunks[len(graphs) :]]
 
     def backward(gradient_ND: Tensor) -> None:
-        gradients = gradient_ND.split([len(piece) for piece in pieces])
+        gradients = torch.split(gradient_ND, [len(piece) for piece in pieces])
         for chunk, gradient in zip(chunks, gradients, strict=True):
             output = graphs.pop(0) if graphs else embed(chunk)
             with torch.autocast(output.device.type, enabled=False):  # where the caller has one around this

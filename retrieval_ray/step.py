@@ -211,7 +211,7 @@ def training_step(
     own = own or [[None] * (unique.index_BK.shape[1] - 1)] * len(lists.query_ids)
     values, gradient_MD = loss_and_gradient(
         objective,
-        embeddings_MD.split([len(queries), len(passages)]),
+        torch.split(embeddings_MD, [len(queries), len(passages)]),
         Batch(
             query_B=torch.tensor([query_at[q] for q in lists.query_ids], device=device),
             index_BK=torch.from_numpy(unique.index_BK).to(device),

@@ -17,10 +17,11 @@ def training_flops(model: Any, lengths: Sequence[int]) -> float:
     SentenceTransformer that begins with a transformers model.
     """
     tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    dense = sum(p.numel() for p in model.parameters() if id(p) not in tables and p.dim() > 1)
+    dense = sum(int(p.numel()) for p in model.parameters() if id(p) not in tables and p.dim() > 1)
     text = model[0].auto_model.config.get_text_config()
     squares = sum(float(length) ** 2 for length in lengths)
-    return 6.0 * dense * sum(lengths) + 12.0 * text.num_hidden_layers * text.hidden_size * squares
+    per_square = 12.0 * int(text.num_hidden_layers) * int(text.hidden_size)
+    return 6.0 * dense * sum(lengths) + per_square * squares
 
 
 def matmul_limit(device: torch.device, precision: str) -> float:
