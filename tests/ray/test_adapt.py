@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from retrieval_ray.artifacts import Location
 from retrieval_ray.config import load
 from retrieval_ray.stages import job
 
