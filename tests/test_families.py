@@ -150,3 +150,14 @@ def test_a_long_text_is_cut_at_the_models_own_limit(words, make_family, family):
     text = " ".join(words[: 3 * TOKENS])
     (row,) = _student(make_family(family)).tokenize([text], "query")
     assert len(row) == TOKENS and row[-1] == SPECIAL.index("</s>")  # what the last token pools is kept
+
+
+def test_the_attention_of_training_gives_the_same_vectors(folder, texts):
+    """Another kernel, chosen on CPUs in bf16; sliding windows and causal masks stay."""
+    exact = _student(folder).encode(texts, "query", token_budget=200)
+    student = Student(folder, precision="bfloat16", device="cpu")
+    student.prepare_training()
+    assert student.model[0].auto_model.config._attn_implementation == "eager"
+    student.precision = "float32"  # so that the kernel alone differs
+    vectors = student.encode(texts, "query", token_budget=200)
+    np.testing.assert_allclose(vectors, exact, atol=1e-5)

@@ -71,6 +71,8 @@ def run(context: Context, corpora: list[Grouped]) -> Stage:
     with _step_bar(per_epoch * settings.max_epochs) as actor:
         _trainer(context, corpora, settings, target, actor).fit()
     facts = (target.folder / "fit.json").read_json()
+    if facts["skipped"]:
+        say(f"  warning: {len(facts['skipped'])} steps were skipped: their loss or gradient was not finite")
     model_files = [f"candidate/{name}" for name in _files(target.folder / "candidate")]
     context.finish(
         target,

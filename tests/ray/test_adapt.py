@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,26 +203,34 @@ def test_order_of_rows_and_number_of_workers_change_nothing(
         assert before[name] == content, name
 
 
+@pytest.mark.parametrize(
+    "how", [[], ["compute.min_workers=1", "train.shard=true"]], ids=["fixed", "elastic and sharded"]
+)
 def test_two_training_workers_reach_the_same_model(
-    finished: Path, collection: Path, student_folder: str, tmp_path: Path
+    finished: Path, collection: Path, student_folder: str, tmp_path: Path, how: list[str]
 ) -> None:
     """The world size is part of the numeric profile, and changes nothing but the last digits."""
     import safetensors.numpy
 
-    store = Location.of(str(finished / "store"))
+    def workers(folder: Path) -> int:
+        return int(json.loads((folder / "manifest.json").read_text())["config"]["compute"]["workers"])
+
+    def read(folder: Path) -> tuple[Any, dict[str, Any]]:
+        weights = safetensors.numpy.load_file(folder / "candidate" / "model.safetensors")
+        return json.loads((folder / "fit.json").read_text())["history"], weights
+
+    store = finished / "store"
+    there = set(store.glob("train-*"))
+    (before,) = [folder for folder in there if workers(folder) == 1]
     settings = small_settings(collection, Path(student_folder), tmp_path / "out")
-    more = ["compute.workers=2", "compute.threads=2", f"store={store.path}"]
-    adapt([*settings, *more], until="train")
-    weights = []
-    for folder in sorted((finished / "store").glob("train-*")):
-        history = json.loads((folder / "fit.json").read_text())["history"]
-        path = folder / "candidate" / "model.safetensors"
-        weights.append((history, safetensors.numpy.load_file(path)))
-    assert len(weights) == 2
-    (one_history, one), (two_history, two) = weights
+    adapt([*settings, "compute.workers=2", "compute.threads=2", f"store={store}", *how], until="train")
+    (after,) = set(store.glob("train-*")) - there
+    (one_history, one), (two_history, two) = read(before), read(after)
     assert [r["dev_kl"] for r in one_history] == pytest.approx([r["dev_kl"] for r in two_history], rel=1e-3)
-    for name in one:
-        assert abs(one[name] - two[name]).max() < 2e-3, name
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert abs(weight - two[name]).max() < 2e-3, name
+    assert not list(after.glob("checkpoint-*")) and (after / "steps.jsonl").exists()
 
 
 def test_several_corpora_one_model(
