@@ -73,7 +73,9 @@ def _case(device: torch.device, precision: str, layout: Layout, mode: str, round
     inputs, outputs = (hidden, inner) if layout.where == "intermediate" else (inner, hidden)
     dense = nn.Linear(inputs, outputs)
     layers = {"peer": dense, "ours": MoELinear(copy.deepcopy(dense), layout)}
-    x = torch.randn(TOKENS // 128, 128, inputs, device=device, requires_grad=mode == "train")
+    # as in the model: a LayerNorm's output, in float32, or an activation's, in the precision of the products
+    dtype = torch.bfloat16 if layout.where == "output" and precision == "bfloat16" else torch.float32
+    x = torch.randn(TOKENS // 128, 128, inputs, device=device, dtype=dtype, requires_grad=mode == "train")
     gradient = torch.randn(TOKENS // 128, 128, outputs, device=device)
 
     def run(layer: nn.Module) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 MAX_EXPERTS = 8
 MAX_TOP_K = 2
+_ROUTED_ROWS = 512
 _ROWS = 2048  # multiplied at once: few enough for what comes out to lie in memory that is used again
 # of a transformer layer, where its first and its second linear stand
 _FEED_FORWARDS = (
@@ -214,20 +215,33 @@ class _Route(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, router_EI: Tensor, shake: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, router_EI, shake)
         with torch.autocast(x.device.type, enabled=False):
-            seen = x.float() if shake is None else x.float() * shake
-            return x.view_as(x), F.linear(seen, router_EI.float())
+            logits = [router_EI.float() @ seen.T for seen in _seen(x, shake)]  # faster than seen @ router.T
+            return x.view_as(x), torch.cat(logits, dim=1).T.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dlogits: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, router_EI, shake = ctx.saved_tensors
         router = router_EI.float()
-        seen = x.float() if shake is None else x.float() * shake
-        drouter = dlogits.flatten(0, -2).T @ seen.flatten(0, -2)
+        drouter = torch.zeros_like(router)
+        for part, seen in zip(_rows(dlogits), _seen(x, shake), strict=True):
+            drouter.addmm_(part.T, seen)
         if ctx.needs_input_grad[0] and shake is not None:
             dx = dx + ((dlogits @ router) * shake).to(dx.dtype)
         elif ctx.needs_input_grad[0]:  # in place: this gradient was made by ``_Mix`` for this place alone
             dx.view(-1, dx.shape[-1]).addmm_(dlogits.flatten(0, -2).to(dx.dtype), router.to(dx.dtype))
         return dx if ctx.needs_input_grad[0] else None, drouter.to(router_EI.dtype), None
+
+
+def _seen(x: Tensor, shake: Tensor | None) -> Iterator[Tensor]:
+    """What a router sees, in float32, some rows at a time."""
+    parts = _rows(x)
+    shakes = [None] * len(parts) if shake is None else _rows(shake)
+    for part, factor in zip(parts, shakes, strict=True):
+        yield part.float() if factor is None else part.float() * factor
+
+
+def _rows(x: Tensor) -> Sequence[Tensor]:
+    return torch.split(x.flatten(0, -2), _ROUTED_ROWS)
 
 
 class _Mix(torch.autograd.Function):
