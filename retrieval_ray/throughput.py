@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from retrieval_ray.moe import moe_layers
+
 
 def training_flops(model: Any, lengths: Sequence[int]) -> float:
     """Floating-point operations of one forward and backward over texts of these lengths.
@@ -13,11 +15,15 @@ def training_flops(model: Any, lengths: Sequence[int]) -> float:
     6 per token and parameter that a token goes through (2 forward, 4 backward; embedding tables are read,
     not multiplied), and for attention 12 per layer, hidden unit, token and token attended to (arXiv
     2001.08361, 2.1; here both directions, no causal half left out).
+    Of an expert layer's stacked weights a token goes through top_k of E.
     Recomputation and padding are not counted: they are the price, not the work. model: a
     SentenceTransformer that begins with a transformers model.
     """
-    tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    dense = sum(int(p.numel()) for p in model.parameters() if id(p) not in tables and p.dim() > 1)
+    share = {id(p): 0.0 for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    for layer in moe_layers(model).values():
+        share[id(layer.weight_EOI)] = layer.layout.top_k / layer.layout.experts
+        share[id(layer.bias_EO)] = 0.0  # biases are added, not multiplied
+    dense = sum(p.numel() * share.get(id(p), 1.0) for p in model.parameters() if p.dim() > 1)
     text = model[0].auto_model.config.get_text_config()
     squares = sum(float(length) ** 2 for length in lengths)
     per_square = 12.0 * int(text.num_hidden_layers) * int(text.hidden_size)

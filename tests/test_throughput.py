@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from retrieval_ray.experts import add_experts
+from retrieval_ray.moe import Layout
 from retrieval_ray.student import Student
 from retrieval_ray.throughput import matmul_limit, training_flops
 
@@ -23,3 +25,13 @@ def test_the_formula_is_what_torch_counts(student_folder):
 def test_the_limit_is_a_rate():
     limit = matmul_limit(torch.device("cpu"), "float32")
     assert 1e8 < limit < 1e15
+
+
+@pytest.mark.parametrize(("experts", "k"), [(4, 1), (4, 2), (1, 1)])
+def test_of_experts_a_token_is_counted_through_those_that_it_goes_through(student_folder, experts, k):
+    """The dense model's work, the first linear of both layers k times, and the routers'."""
+    student = Student(student_folder, precision="float32", device="cpu")
+    dense = training_flops(student.model, [20] * 5)
+    add_experts(student.model, Layout(experts, k))
+    more = 6 * 100 * 2 * ((k - 1) * 32 * 64 + experts * 32)
+    assert training_flops(student.model, [20] * 5) == pytest.approx(dense + more)
