@@ -5,13 +5,17 @@ batch in the first pass and then held constant; so the loss is linear in the rou
 the chunks' gradients add up to the batch's.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from retrieval_ray.moe import Routing
+from retrieval_ray.gradcache import seeded
+from retrieval_ray.moe import Routing, jittering, moe_layers, watch
 
 
 def balance_loss(routing: Routing) -> Tensor:
@@ -27,34 +31,56 @@ def balance_loss(routing: Routing) -> Tensor:
 
 
 class Balance:
-    """weight * balance_loss of one step, whose gradient goes back with each chunk's embeddings.
+    """The routers of one step: their jitter, what experts took, and weight * balance_loss.
 
-    First pass: ``attach`` to every chunk's embeddings; then ``settle``; then go backward, through the graphs
-    kept or through chunks attached again.
+    First pass: ``embed`` every chunk; then ``settle``; then go backward, through the graphs kept or through
+    chunks embedded again. The balance loss's gradient goes back with each chunk's embeddings.
     """
 
-    def __init__(self, weight: float) -> None:
-        self.weight = weight
-        self.routing: Routing | None = None  # of the whole batch, without graph
+    def __init__(
+        self, backbone: nn.Module, weight: float, *, jitter: float = 0.0, seed: Sequence[int] = ()
+    ) -> None:
+        """backbone: has experts. seed: from this and its number each chunk draws its jitter, twice alike."""
+        self.backbone, self.weight, self.jitter, self.seed = backbone, weight, jitter, tuple(seed)
+        layers = list(moe_layers(backbone).values())
+        device = layers[0].weight_EOI.device
+        shape = (len(layers), layers[0].layout.experts)
+        self.routing = Routing(  # of the chunks so far, then of the whole batch; without graph
+            torch.zeros(shape, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
+        self.value = math.nan  # of the loss without its weight, once settled
         self._gradient_LE: Tensor | None = None
 
-    def attach(self, embeddings_ND: Tensor, routing: Routing) -> Tensor:
-        """The same embeddings; what goes back through them takes the balance loss's share along."""
+    def embed(self, number: int, embed: Callable[[], Tensor]) -> Tensor:
+        """The embeddings of chunk ``number``; what goes back through them takes the chunk's share along."""
+        with ExitStack() as around:
+            if self.jitter:
+                around.enter_context(seeded((*self.seed, number), self.routing.tokens.device))
+                around.enter_context(jittering(self.backbone, self.jitter))
+            seen = around.enter_context(watch(self.backbone))
+            embeddings_ND = embed()
+            routing = seen()
         if self._gradient_LE is None:
-            seen = Routing(routing.counts_LE, routing.probability_sums_LE.detach(), routing.tokens)
-            self.routing = seen if self.routing is None else _added(self.routing, seen)
+            self.routing = Routing(
+                self.routing.counts_LE + routing.counts_LE,
+                self.routing.probability_sums_LE + routing.probability_sums_LE.detach(),
+                self.routing.tokens + routing.tokens,
+            )
+        if not self.weight:
+            return embeddings_ND
         apply: Callable[..., Tensor] = _Attach.apply
         return apply(embeddings_ND, routing.probability_sums_LE, self)
 
-    def settle(self, total: Callable[[Tensor], Tensor] = lambda mine: mine) -> float:
-        """Fix the counts; returns the loss without its weight. total: sums a tensor over ranks."""
-        assert self.routing is not None, "no chunk was attached"
+    def settle(self, total: Callable[[Tensor], Tensor] = lambda mine: mine) -> None:
+        """Fix the counts. total: sums a tensor over ranks, all of which call this, with chunks or without."""
         mine = self.routing
-        sums_LE = total(mine.probability_sums_LE).requires_grad_()
-        self.routing = Routing(total(mine.counts_LE), sums_LE, total(mine.tokens))
-        loss = balance_loss(self.routing)
+        self.routing = Routing(*map(total, (mine.counts_LE, mine.probability_sums_LE, mine.tokens)))
+        sums_LE = self.routing.probability_sums_LE.detach().requires_grad_()
+        loss = balance_loss(replace(self.routing, probability_sums_LE=sums_LE))
         (self._gradient_LE,) = torch.autograd.grad(self.weight * loss, sums_LE)
-        return float(loss.detach())
+        self.value = float(loss.detach())
 
     @property
     def gradient_LE(self) -> Tensor:
@@ -65,17 +91,9 @@ class Balance:
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings_ND: Tensor, sums_LE: Tensor, balance: Balance) -> Tensor:
-        ctx.balance = balance
+        ctx.balance, ctx.dtype = balance, sums_LE.dtype
         return embeddings_ND.view_as(embeddings_ND)
 
     @staticmethod
     def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, Tensor, None]:
-        return gradient_ND, ctx.balance.gradient_LE, None
-
-
-def _added(a: Routing, b: Routing) -> Routing:
-    return Routing(
-        a.counts_LE + b.counts_LE,
-        a.probability_sums_LE + b.probability_sums_LE,
-        a.tokens + b.tokens,
-    )
+        return gradient_ND, ctx.balance.gradient_LE.to(ctx.dtype), None

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 
 from retrieval_ray.artifacts import Location
+from retrieval_ray.balance import Balance
 from retrieval_ray.batching import epoch_batches
 from retrieval_ray.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_weights
 from retrieval_ray.errors import UserError
 from retrieval_ray.memory import activation_bytes
 from retrieval_ray.metrics import Qrels
+from retrieval_ray.moe import moe_layers
 from retrieval_ray.objective import Objective
 from retrieval_ray.schedule import learning_rate_scale
 from retrieval_ray.selection import Dev, candidate, chosen, evaluate
@@ -64,6 +66,8 @@ class Settings:
     dropout: bool
     checkpoint_seconds: float
     seed: int
+    balance_weight: float = 0.0  # of the load-balancing loss of a student with experts
+    jitter: float = 0.0  # of its routers
 
 
 @dataclass
@@ -80,6 +84,7 @@ class Progress:
     steps: list[dict[str, float]] = field(default_factory=list)  # one row a step
     skipped: list[dict[str, Any]] = field(default_factory=list)  # steps that were not finite
     speed: list[dict[str, float]] = field(default_factory=list)  # one row a step; no two runs have it alike
+    load: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch: what each expert took
     done: bool = False
 
 
@@ -98,7 +103,7 @@ def fit(
     Continues from the newest checkpoint in ``folder``; the batches to come do not depend on the number of
     ranks, so any number may go on. Whether the best trained epoch beats the untouched student is
     ``chosen(progress.history) > 0``. ``folder / steps.jsonl`` gets a row a step with its terms, its seconds
-    by part and its speed.
+    by part and its speed. The routers of a student with experts are jittered and balanced as told.
     should_checkpoint: asked on every rank after every step, and must answer alike on all; for a machine
     that is about to be taken away.
     A step whose loss or gradient is not finite changes no weight and is counted; raises ``UserError``
@@ -119,6 +124,8 @@ def fit(
     keep_bytes = settings.activation_bytes
     if keep_bytes is None:
         keep_bytes = activation_bytes(student.device, sum(p.numel() for p in parameters))
+    backbone = student.model[0].auto_model
+    experts = list(moe_layers(backbone))
     limit = matmul_limit(student.device, student.precision)
     progress = Progress(**(load_checkpoint(student, optimiser, folder) or {}))
     saved_at = time.monotonic()
@@ -165,6 +172,10 @@ def fit(
             group["lr"] = settings.learning_rate * scale
         lists = _take(corpora[which].train, indices)
         clock = Clock(student.device)
+        seed = (settings.seed, progress.step)
+        balance = (
+            Balance(backbone, settings.balance_weight, jitter=settings.jitter, seed=seed) if experts else None
+        )
         progress.seen[which] += len(indices)
         progress.turn = (which + 1) % len(corpora)
         progress.step += 1
@@ -177,7 +188,8 @@ def fit(
                 settings.objective,
                 chunk_tokens=settings.chunk_tokens,
                 keep_bytes=keep_bytes,
-                dropout_seed=(settings.seed, progress.step - 1) if settings.dropout else None,
+                dropout_seed=seed if settings.dropout else None,
+                balance=balance,
                 clock=clock,
             )
             norm = _clip(parameters, settings.clip_norm)
@@ -192,6 +204,8 @@ def fit(
             return
         finally:
             optimiser.zero_grad(set_to_none=True)
+        if balance is not None:
+            _add_load(progress, dict(zip(experts, balance.routing.counts_LE.tolist(), strict=True)))
         progress.steps.append({"step": float(progress.step), "lr": scale, "norm": norm, **terms})
         seconds = time.monotonic() - started
         progress.speed.append(
@@ -226,6 +240,15 @@ def fit(
         _wait_for_rank_zero()  # its file
         load_weights(student, folder / "best.safetensors")
     return progress
+
+
+def _add_load(progress: Progress, taken: Mapping[str, Sequence[int]]) -> None:
+    """Tokens that each expert of each layer took in a step, added to the epoch's."""
+    if not progress.load or progress.load[-1]["epoch"] != progress.epoch:
+        progress.load.append({"epoch": progress.epoch, "taken": {}})
+    sums = progress.load[-1]["taken"]
+    for layer, counts in taken.items():
+        sums[layer] = [a + b for a, b in zip(sums.get(layer, [0] * len(counts)), counts, strict=True)]
 
 
 def _clip(parameters: Sequence[torch.nn.Parameter], most: float) -> float:
@@ -276,6 +299,7 @@ def _take(lists: Lists, indices: Any) -> Lists:
         [lists.passage_ids[i] for i in indices],
         np.asarray(lists.teacher_BK)[indices],
         [lists.excluded_ids[i] for i in indices],
+        None if lists.negative_query_ids is None else [lists.negative_query_ids[i] for i in indices],
     )
 
 
@@ -283,7 +307,9 @@ def _tokenised(student: Student, corpus: CorpusData) -> dict[Role, TokenRows]:
     """Tokens of every query, and of the passages that dev measures read."""
     passages = [p for row in corpus.dev.passage_ids for p in row]
     passages += [p for query in corpus.dev_qrels for p in corpus.dev_pools.get(query, ())]
-    queries = [*corpus.train.query_ids, *corpus.dev.query_ids, *corpus.dev_qrels]
+    own = corpus.train.negative_query_ids or ()
+    negatives = [query for row in own for query in row if query is not None]
+    queries = [*corpus.train.query_ids, *negatives, *corpus.dev.query_ids, *corpus.dev_qrels]
     return {
         "passage": _rows(student, corpus.passages, passages, "passage"),
         "query": _rows(student, corpus.queries, queries, "query"),

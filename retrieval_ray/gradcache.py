@@ -2,14 +2,15 @@
 
 The first pass embeds chunk by chunk, and keeps the graphs of the first chunks as long as they fit; after
 the loss these go backward at once, and each of the others is embedded again. Kept or computed again, a
-chunk gives the same gradient, as long as ``embed`` is a function of the chunk alone (dropout off, or its
-masks drawn from the chunk).
+chunk gives the same gradient, as long as ``embed`` is a function of the chunk alone (nothing is drawn, or
+``seeded`` by the chunk).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,14 @@ def embed_cached(
                 output.backward(gradient.to(output.dtype))  # type: ignore[no-untyped-call]
 
     return torch.cat(pieces), backward
+
+
+@contextmanager
+def seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
+    """What is drawn inside comes from this seed alone; the streams outside are left where they are."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+        yield
 
 
 @contextmanager

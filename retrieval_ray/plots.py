@@ -20,12 +20,16 @@ _TERMS = {  # of the loss
     "margin_mse": ("MarginMSE", "#2a9d5c"),
     "ranking": ("RankNet", "#7a6a4f"),
     "clp": ("CLP", "#c2334d"),
+    "balance": ("balance of experts", "#4f6d7a"),
 }
 _COLOURS = {
     "base": "#8a8f98", "adapted": "#1f6feb", "teacher": "#d4881c", "bm25": "#5aa469",
     "candidate": "#b35c9e",
 }  # fmt: skip
 _MORE_COLOURS = ("#7c5cc4", "#0f8a8a", "#a0522d", "#c2486b")  # teachers that are no system
+_EXPERTS = (
+    "#1f6feb", "#d4881c", "#5aa469", "#b35c9e", "#7c5cc4", "#0f8a8a", "#a0522d", "#8a8f98",
+)  # fmt: skip
 _BETTER, _WORSE, _QUIET, _INK = "#1f6feb", "#c8553d", "#8a8f98", "#1c2128"
 _WIDTH = 9.6  # inches, the page's text width
 _PLOT = {
@@ -227,6 +231,28 @@ def _loss(ax: Axes, fit: Mapping[str, Any]) -> None:
     ax.set_title("Training loss by step (log scale, before weighting)")
     ax.set_xlabel("step")
     _legend(ax)
+
+
+def load(taken: Mapping[str, Sequence[int]], title: str) -> str:
+    """Which share of a layer's tokens each expert took, a row a layer; dashed: even shares."""
+    return _figure(lambda ax: _load(ax, taken, title), 0.9 + 0.3 * len(taken))
+
+
+def _load(ax: Axes, taken: Mapping[str, Sequence[int]], title: str) -> None:
+    counts_LE = np.array(list(taken.values()), dtype=float)
+    shares_LE = counts_LE / counts_LE.sum(axis=1, keepdims=True)
+    experts = shares_LE.shape[1]
+    lefts_LE = np.cumsum(shares_LE, axis=1) - shares_LE
+    for e, colour in zip(range(experts), _EXPERTS, strict=False):
+        ax.barh(range(len(taken)), shares_LE[:, e], left=lefts_LE[:, e], height=0.7, color=colour)
+    for e in range(1, experts):
+        ax.axvline(e / experts, color=_INK, linestyle="--", linewidth=0.8)
+    ax.set_yticks(range(len(taken)), list(taken))
+    ax.set_ylim(len(taken) - 0.5, -0.5)
+    ax.set_xlim(0, 1)
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    ax.set_title(title)
 
 
 def dev(fit: Mapping[str, Any], chosen: int) -> str:

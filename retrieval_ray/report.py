@@ -291,6 +291,18 @@ def _training(fit: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         + plots.loss(fit)
         + plots.dev(fit, training["epoch"])
         + _epochs(fit, training)
+        + _load(fit)
+    )
+
+
+def _load(fit: Mapping[str, Any]) -> str:
+    """What experts took, in training of the best trained epoch."""
+    rows = [row for row in fit["load"] if row["epoch"] == fit["best_epoch"]]
+    if not rows:
+        return ""
+    return plots.load(rows[0]["taken"], f"Share of tokens by expert, epoch {rows[0]['epoch']}") + (
+        "<p class='note'>Each colour is an expert, each row a layer with experts; dashed: where all "
+        "experts take alike.</p>"
     )
 
 

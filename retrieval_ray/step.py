@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from retrieval_ray.balance import Balance
 from retrieval_ray.batching import cut_chunks, deal, excluded_mask, unique_passages
-from retrieval_ray.gradcache import embed_cached
+from retrieval_ray.gradcache import embed_cached, seeded
 from retrieval_ray.objective import Batch, Objective, loss_and_gradient
 from retrieval_ray.student import Role, Student
 from retrieval_ray.throughput import training_flops
@@ -83,13 +84,14 @@ def embed_shared(
     chunk_tokens: int,
     keep_bytes: int = 0,
     dropout_seed: Sequence[int] | None = None,
+    balance: Balance | None = None,
     clock: Clock | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], None]]:
     """Embeddings of all queries, then all passages, computed by all ranks together.
 
     keep_bytes: see ``embed_cached``; 0 for a sharded student. dropout_seed: None switches the student's
     dropout off; else each chunk draws its masks from this and its number, in both passes and on whichever
-    rank.
+    rank. balance: of a student with experts; settled when this returns.
     Returns (embeddings_MD, backward); ``backward(gradient_MD)`` adds this rank's share to the
     parameters' gradients and then sums them over ranks.
     """
@@ -112,15 +114,18 @@ def embed_shared(
     sharded, fill = isinstance(student.model, FSDPModule), 0
     if sharded:  # a rank's weights are with all others: all must go forward and backward alike
         keep_bytes = 0
-        number, role, positions = pieces[-1]
-        spare = (number, role, positions[-1:])
+        _, role, positions = pieces[-1]
+        spare = (len(pieces), role, positions[-1:])
         fill = max(map(len, dealt)) - len(dealt[rank])
         dealt[rank] += [spare] * fill
 
     def embed(piece: Piece) -> Tensor:
         number, role, positions = piece
         with _dropout(student, None if dropout_seed is None else [*dropout_seed, number]):
-            return student.embed([rows[i] for i in positions], role)
+            texts = [rows[i] for i in positions]
+            if balance is None or number == len(pieces):  # a spare one: its tokens count nowhere
+                return student.embed(texts, role)
+            return balance.embed(number, lambda: student.embed(texts, role))
 
     clock.lap("data")
     if dealt[rank]:
@@ -128,6 +133,8 @@ def embed_shared(
             own_ND, back = embed_cached(dealt[rank], embed, keep_bytes=keep_bytes)
     else:
         own_ND, back = torch.zeros(0, student.dimension, device=student.device), lambda _: None
+    if balance is not None:
+        balance.settle(_total)
     clock.lap("forward")
     gathered = _all_gather(own_ND[: len(order[rank])], [len(positions) for positions in order])
     embeddings_MD = torch.empty(len(rows), student.dimension, device=student.device)
@@ -153,9 +160,7 @@ def _dropout(student: Student, seed: Sequence[int] | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    devices = [student.device] if student.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+    with seeded(seed, student.device):
         student.model.train()
         try:
             yield
@@ -173,11 +178,12 @@ def training_step(
     chunk_tokens: int,
     keep_bytes: int = 0,
     dropout_seed: Sequence[int] | None = None,
+    balance: Balance | None = None,
     clock: Clock | None = None,
 ) -> dict[str, float]:
     """Forward and backward of one batch; gradients end in ``.grad``, summed over ranks.
 
-    keep_bytes, dropout_seed: see ``embed_shared``. clock: gets this rank's seconds in data, forward,
+    keep_bytes, dropout_seed, balance: see ``embed_shared``. clock: gets this rank's seconds in data, forward,
     communication, loss and backward.
     Returns the loss's terms, how many passages were referred to and encoded, the tokens encoded and the
     floating-point operations (in tera) that these take, of all ranks together. Raises on every rank alike
@@ -201,6 +207,7 @@ def training_step(
         chunk_tokens=chunk_tokens,
         keep_bytes=keep_bytes,
         dropout_seed=dropout_seed,
+        balance=balance,
         clock=clock,
     )
     device = embeddings_MD.device
@@ -225,6 +232,9 @@ def training_step(
             ),
         ),
     )
+    if balance is not None and balance.weight:
+        values["balance"] = balance.value
+        values["loss"] += balance.weight * balance.value
     clock.lap("loss")
     lengths = [len(row) for row in (*queries, *passages)]
     if not np.isfinite(values["loss"]):
@@ -253,6 +263,15 @@ def _all_gather(own_ND: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     received = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(received, padded)
     return [part[:size] for part, size in zip(received, sizes, strict=True)]
+
+
+def _total(mine: Tensor) -> Tensor:
+    """The sum of every rank's tensor."""
+    if world()[1] == 1:
+        return mine
+    total = mine.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def sum_gradients(student: Student) -> None:

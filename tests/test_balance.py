@@ -64,15 +64,15 @@ def test_chunks_add_up_to_the_batch(k, chunks):
         expected = balance_loss(seen())
     (embeddings @ embeddings.T).logsumexp(1).sum().add(weight * expected).backward()
 
-    balance = Balance(weight)
+    balance = Balance(cached, weight)
 
     def embed(part):
         _mask(cached, mask[part])
-        with watch(cached) as seen:
-            return balance.attach(_embed(cached, x[part]), seen())
+        return balance.embed(part.start, lambda: _embed(cached, x[part]))
 
     embeddings, backward = embed_cached(chunks, embed)
-    assert balance.settle() == pytest.approx(float(expected.detach()))
+    balance.settle()
+    assert balance.value == pytest.approx(float(expected.detach()))
     leaf = embeddings.detach().requires_grad_(True)
     (leaf @ leaf.T).logsumexp(1).sum().backward()
     backward(leaf.grad)
@@ -84,21 +84,20 @@ def test_chunks_add_up_to_the_batch(k, chunks):
 
 
 def test_ranks_share_their_counts():
-    """Two ranks with a chunk each have the gradients, added up, of one rank with both."""
+    """Two ranks with a chunk each, and one without, have the gradients, added up, of one rank with both."""
     x = torch.randn(6, 5, 6, generator=torch.Generator().manual_seed(1))
     model = _model(1)
-    parts, ranks = [slice(0, 2), slice(2, 6)], [Balance(1.0), Balance(1.0)]
-    outputs = []
-    for part, balance in zip(parts, ranks, strict=True):
-        with watch(model) as seen:
-            outputs.append(balance.attach(_embed(model, x[part]), seen()))
+    ranks = [Balance(model, 1.0) for _ in range(3)]
+    outputs = [
+        balance.embed(0, lambda part=part: _embed(model, x[part]))
+        for part, balance in zip([slice(0, 2), slice(2, 6)], ranks, strict=False)
+    ]
     mine = {name: [getattr(b.routing, name) for b in ranks] for name in
             ("counts_LE", "probability_sums_LE", "tokens")}  # fmt: skip
-    values = []
     for rank, balance in enumerate(ranks):
-        sums = {id(both[rank]): both[0] + both[1] for both in mine.values()}
-        values.append(balance.settle(lambda t, sums=sums: sums[id(t)].clone()))
-    assert values[0] == values[1]
+        sums = {id(each[rank]): sum(each) for each in mine.values()}
+        balance.settle(lambda t, sums=sums: sums[id(t)])
+    assert ranks[0].value == ranks[1].value == ranks[2].value
     for output in outputs:
         output.backward(torch.zeros_like(output))
     found = {name: p.grad.clone() for name, p in model.named_parameters() if name.endswith("router_EI")}
@@ -114,8 +113,33 @@ def test_ranks_share_their_counts():
 
 def test_going_backward_before_the_counts_are_known_is_an_error():
     model = _model(1)
-    balance = Balance(1.0)
-    with watch(model) as seen:
-        output = balance.attach(_embed(model, torch.randn(2, 3, 6)), seen())
+    output = Balance(model, 1.0).embed(0, lambda: _embed(model, torch.randn(2, 3, 6)))
     with pytest.raises(AssertionError, match="settle"):
         output.sum().backward()
+
+
+def test_jitter_is_drawn_from_the_chunk_and_leaves_torchs_stream_alone():
+    """GradCache's second pass must route as the first, whatever was drawn between."""
+    model, x = _model(1), torch.randn(6, 5, 6)
+    balance = Balance(model, 0.0, jitter=0.9, seed=(3, 1))
+    outer = torch.get_rng_state()
+    first = [balance.embed(number, lambda: _embed(model, x)) for number in (0, 1)]
+    assert torch.equal(torch.get_rng_state(), outer)
+    assert not torch.equal(*first) and not torch.equal(first[0], _embed(model, x))
+    balance.settle()
+    torch.manual_seed(77)
+    assert torch.equal(balance.embed(1, lambda: _embed(model, x)), first[1])
+    assert int(balance.routing.tokens) == 2 * 30  # what is embedded again counts no more
+    other = Balance(model, 0.0, jitter=0.9, seed=(3, 2))
+    assert not torch.equal(other.embed(0, lambda: _embed(model, x)), first[0])
+
+
+def test_without_a_weight_the_load_is_counted_and_routers_are_left_alone():
+    model, plain, x = _model(1), _model(1), torch.randn(2, 3, 6)
+    balance = Balance(model, 0.0)
+    output = balance.embed(0, lambda: _embed(model, x))
+    output.sum().backward()  # no settle() is needed
+    _embed(plain, x).sum().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad))
+    assert (balance.routing.counts_LE.sum(1) == 6).all()

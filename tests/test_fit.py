@@ -9,7 +9,9 @@ import torch
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.errors import UserError
+from retrieval_ray.experts import add_experts
 from retrieval_ray.fit import fit
+from retrieval_ray.moe import Layout
 from retrieval_ray.student import Student
 from tests.corpora import SETTINGS, Killed, assert_near, kill_at, tiny_corpus
 
@@ -66,6 +68,47 @@ def test_every_step_says_its_terms_and_where_its_time_went(student_folder, corpu
         assert 0 < parts <= speed["seconds"]
         assert speed["tokens_per_second"] * speed["seconds"] == pytest.approx(row["tokens"])
         assert 0 < speed["matmul_share"] < 1
+
+
+def test_what_experts_took_is_kept_by_epoch_through_a_kill_too(student_folder, corpus, tmp_path):
+    settings = replace(SETTINGS, balance_weight=0.1, jitter=0.2)
+
+    def run(target, **more):
+        student = Student(student_folder, precision="float32", device="cpu")
+        add_experts(student.model, Layout(3), seed=1)
+        return fit(student, [corpus], settings, Location.of(str(target)), **more)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", on_step=kill_at(whole.step - 1))  # in the second epoch
+    again = run(tmp_path / "broken")
+    assert (again.load, again.steps) == (whole.load, whole.steps)
+    assert [row["epoch"] for row in whole.load] == [1, 2]
+    half = len(whole.steps) // 2
+    for row, steps in zip(whole.load, (whole.steps[:half], whole.steps[half:]), strict=True):
+        assert len(row["taken"]) == 2  # layers
+        for counts in row["taken"].values():
+            assert len(counts) == 3 and sum(counts) == sum(step["tokens"] for step in steps)
+    for step in whole.steps:
+        assert step["loss"] == pytest.approx(step["kl"] + 0.1 * step["infonce"] + 0.1 * step["balance"])
+
+
+def test_the_queries_of_negatives_are_read_where_clp_has_a_weight(student_folder, corpus, tmp_path):
+    """Each list's with the list, whatever batch it comes into; a negative may have none."""
+    own = [[f"own-{p}" if p != "p3" else None for p in row[1:]] for row in corpus.train.passage_ids]
+    texts = {f"own-{p}": text for p, text in corpus.passages.items()}
+    corpus = replace(
+        corpus,
+        train=replace(corpus.train, negative_query_ids=own),
+        queries={**corpus.queries, **texts},
+    )
+    objective = replace(SETTINGS.objective, weights={"clp": 1.0})
+    progress, _ = _fit(
+        student_folder, corpus, tmp_path, replace(SETTINGS, objective=objective, dropout=False)
+    )
+    # a query that is the passage's own text has, but for the prompt and the cut at 16 tokens, its embedding
+    assert all(0 <= row["clp"] < 0.5 for row in progress.steps)
+    assert progress.steps[-1]["clp"] < progress.steps[0]["clp"]
 
 
 def test_the_log_has_a_line_of_json_a_step(student_folder, corpus, tmp_path):

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from retrieval_ray import objective
+from retrieval_ray.balance import Balance, balance_loss
+from retrieval_ray.experts import add_experts
+from retrieval_ray.moe import Layout, moe_layers, watch
 from retrieval_ray.objective import Objective
 from retrieval_ray.step import Lists, _dropout, embed_shared, training_step
 from retrieval_ray.student import Student
@@ -257,6 +260,67 @@ def test_dropout_draws_the_same_masks_in_both_passes(student_folder, float64):
     assert abs(without["loss"] - terms["loss"]) > 1e-3
 
 
+def _experts(folder, k=1):
+    """A student whose experts differ, so that routing matters."""
+    student = _student(folder)
+    add_experts(student.model, Layout(4, k), seed=1)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for layer in moe_layers(student.model[0].auto_model).values():
+            layer.weight_EOI += 0.3 * torch.randn_like(layer.weight_EOI)
+            layer.router_EI += torch.randn_like(layer.router_EI)
+    return student
+
+
+def _balance(student, jitter=0.0, weight=0.7):
+    return Balance(student.model[0].auto_model, weight, jitter=jitter, seed=(7, 3))
+
+
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_balance_of_experts_is_the_whole_batchs_for_any_chunks(student_folder, k, chunk_tokens):
+    """Against one graph: the plain loss, and the balance over every different text once."""
+    batch, ours, plain = _batch(6), _experts(student_folder, k), _experts(student_folder, k)
+    balance = _balance(ours)
+    terms = _step(ours, batch, chunk_tokens, balance=balance)
+
+    expected = _naive(plain, batch)
+    rows = _rows()
+    queries = {*batch.query_ids, *(q for row in batch.negative_query_ids for q in row if q)}
+    passages = {passage for row in batch.passage_ids for passage in row}
+    with watch(plain.model[0].auto_model) as seen:
+        for names, role in ((queries, "query"), (passages, "passage")):
+            plain.embed([rows[name] for name in sorted(names)], role)
+        routing = seen()
+    alone = balance_loss(routing)
+    (0.7 * alone).backward()
+    assert terms["balance"] == pytest.approx(float(alone.detach()), rel=1e-5)
+    assert terms["loss"] == pytest.approx(expected["loss"] + 0.7 * terms["balance"], rel=1e-5)
+    _same(_gradients(ours), _gradients(plain), relative=1e-4)
+    assert torch.equal(balance.routing.counts_LE, routing.counts_LE)
+    routers = [g for name, g in _gradients(ours).items() if name.endswith("router_EI")]
+    without = _experts(student_folder, k)
+    assert "balance" not in _step(without, batch, chunk_tokens, balance=_balance(without, weight=0.0))
+    others = [g for name, g in _gradients(without).items() if name.endswith("router_EI")]
+    assert all((a - b).abs().max() > 1e-4 for a, b in zip(routers, others, strict=True))
+
+
+@pytest.mark.parametrize("dropout_seed", [None, (7, 3)])
+def test_jitter_is_the_same_in_both_passes(student_folder, dropout_seed):
+    """Graphs kept and chunks embedded again have the same gradients, to the last bit."""
+    results = []
+    for keep_bytes in (0, 10**9):
+        student = _experts(student_folder)
+        more = {"dropout_seed": dropout_seed, "balance": _balance(student, jitter=0.5)}
+        terms = _step(student, _batch(6), 60, keep_bytes=keep_bytes, **more)
+        results.append((terms, _gradients(student)))
+    (terms, kept), (again, cached) = results
+    assert terms == again
+    assert all(g is None or torch.equal(g, cached[name]) for name, g in kept.items())
+    still = _experts(student_folder)
+    assert _step(still, _batch(6), 60, dropout_seed=dropout_seed)["loss"] != terms["loss"]
+
+
 @settings(max_examples=15)
 @given(
     size=st.integers(1, 5),
@@ -328,6 +392,10 @@ def _rank(rank, folder, rendezvous, out):
         terms = _step(dropping, _batch(6), chunk_tokens, keep_bytes=300_000 * rank, dropout_seed=(7, 3))
         results["dropout", chunk_tokens] = terms, _gradients(dropping)
         torch.set_default_dtype(torch.float32)
+        balanced = _experts(folder)
+        balance = _balance(balanced, jitter=0.5)
+        terms = _step(balanced, _batch(6), chunk_tokens, keep_bytes=300_000 * rank, balance=balance)
+        results["experts", chunk_tokens] = terms, _gradients(balanced)
     torch.save(results, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -369,6 +437,17 @@ def test_several_processes_drop_what_one_drops(ranks, student_folder, float64, c
     _step(one, _batch(6), chunk_tokens, dropout_seed=(7, 3))
     for rank in ranks:
         _same(_used(rank["dropout", chunk_tokens][1]), _used(_gradients(one)), relative=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+def test_several_processes_balance_what_one_balances(ranks, student_folder, chunk_tokens):
+    one = _experts(student_folder)
+    terms = _step(one, _batch(6), chunk_tokens, balance=_balance(one, jitter=0.5))
+    for rank in ranks:
+        theirs, gradients = rank["experts", chunk_tokens]
+        assert theirs == pytest.approx(terms, rel=1e-12)
+        _same(_used(gradients), _used(_gradients(one)), relative=1e-4)
 
 
 def _used(gradients):

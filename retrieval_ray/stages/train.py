@@ -41,7 +41,7 @@ from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.step import Lists
 from retrieval_ray.student import Student
 
-VERSION = 5
+VERSION = 6
 _FAILURES, _ELASTIC_FAILURES = 2, 20  # of workers; machines that announce their going are not counted
 _EXECUTION_KEYS = ("checkpoint_minutes", "activation_gib")
 
@@ -159,6 +159,8 @@ def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> S
         dropout=train.dropout,
         checkpoint_seconds=60 * train.checkpoint_minutes,
         seed=context.config.seed,
+        balance_weight=train.moe.balance_weight,
+        jitter=train.moe.jitter,
     )
 
 
@@ -314,6 +316,7 @@ def _train_worker(config: dict[str, Any]) -> None:
                 "steps": done.steps,
                 "skipped": done.skipped,
                 "best_epoch": done.best_epoch,
+                "load": done.load,
             }
         )
 
