@@ -75,8 +75,7 @@ def pipeline(context: Context, until: str | None) -> str | None:
         return None
     grouped = [group.run(context, each) for each in judged]
     if config.queries.negatives:
-        for each in grouped:
-            negatives.run(context, each)
+        grouped = [negatives.run(context, each) for each in grouped]
     if until == "groups":
         return None
     proven = [each for each in grouped if group.may_train(context, each)]

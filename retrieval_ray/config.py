@@ -110,12 +110,12 @@ class QueriesConfig:
     extractive_per_passage: int = 3  # title, salient span, key terms, in this order
     extractive_max: int = 2_000
     max_words: int = 64
-    negatives: bool = False  # a query for each negative of the lists, for the contrastive learning penalty
+    negatives: bool = False  # a query for each negative of the lists, for CLP; by llm.model where it is named
 
 
 @dataclass
 class LlmConfig:
-    """The LLM that writes queries, where ``queries.sources`` names ``llm``."""
+    """The LLM that writes queries, where ``queries.sources`` names ``llm``; and those of negatives."""
 
     engine: str = "vllm"  # vllm, on this cluster's GPUs; endpoint: any OpenAI-compatible one
     model: str | None = None  # folder or hub id; for an endpoint the name it knows
@@ -560,6 +560,7 @@ def _check_values(config: Config) -> None:
     )
     if "llm" in (sources or []):
         need(bool(config.llm.model), "llm.model: queries.sources names 'llm', so a model must be named")
+    if "llm" in (sources or []) or (config.queries.negatives and config.llm.model):
         need(
             config.llm.engine != "endpoint" or bool(config.llm.url),
             "llm.url: an endpoint needs its address, like http://localhost:8000/v1",

@@ -98,8 +98,14 @@ def ranking(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Te
 def clp(cosine_BJ: Tensor, there_BJ: Tensor) -> Tensor:
     """The contrastive learning penalty: 1 - cos(q*_k, d-_k), mean over a list's negatives, then over lists.
 
-    It draws each negative toward the query that it does answer; gradients flow into both (arXiv
-    2412.17364, as its code has it, batched; the printed formula has another sign).
+    It draws each negative toward the query that it does answer, without a temperature; gradients flow into
+    both. As the code of arXiv 2412.17364 has it (modeling.py:353-357), batched; the code is right for
+    batches of one query alone. Two forms are made of it by ``train.terms``:
+    released, as published: (1 - w) * infonce_list + w * clp with w = 0.1 and InfoNCE's temperature 0.02;
+    list, ours: kl + v * infonce + w * clp.
+    The printed formula, -(1 - w) * (log softmax + w * (1 - sum of cosines)), is not offered: it pushes
+    negatives away from the queries they answer, scales the penalty by (1 - w) once more, and sums where the
+    code takes the mean.
     cosine_BJ: each of the J negatives with its own query. there_BJ: False where it has none.
     """
     there = there_BJ.to(cosine_BJ.dtype)

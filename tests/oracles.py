@@ -189,3 +189,16 @@ def late_interaction(query: Tensor, passage: Tensor) -> float:
         max(sum(a * b for a, b in zip(q.tolist(), p.tolist(), strict=True)) for p in passage) for q in query
     ]
     return sum(best) / len(best)
+
+
+def released_clp(
+    cosine_BK: Sequence[Sequence[Tensor]], own_BJ: Sequence[Sequence[Tensor]], *, penalty: float
+) -> Tensor:
+    """The published code's loss, query by query, at its temperature; the positive is each list's first."""
+    losses = []
+    for cosines, own in zip(cosine_BK, own_BJ, strict=True):
+        total = sum((c / 0.02).exp() for c in cosines)
+        crossed = -((cosines[0] / 0.02).exp() / total).log()
+        pushed = sum(1 - c for c in own) / len(own)
+        losses.append((1 - penalty) * crossed + penalty * pushed)
+    return sum(losses) / len(losses)

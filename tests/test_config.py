@@ -209,6 +209,24 @@ def test_a_term_is_switched_on_by_its_weight(path: Path) -> None:
     assert "queries.negatives" in error_of(path, "train.terms.clp=0.1")
 
 
+def test_the_recipes_of_clp_are_its_two_forms() -> None:
+    """`released`: (1 - w) of the list's cross-entropy, w of the penalty; `list`: KL with both."""
+    paper, laptop = (load(str(ROOT / "configs" / name)) for name in ("clp.yaml", "clp-cpu.yaml"))
+    terms = {name: weight for name, weight in vars(paper.train.terms).items() if weight}
+    assert terms == {"infonce_list": 0.9, "clp": 0.1} and paper.train.infonce_temperature == 0.02
+    assert (paper.groups.list_size, paper.teacher.depth, paper.train.batch_queries) == (5, 10, 4)
+    assert (paper.train.moe.router, paper.train.moe.train) == ("released", "experts")
+    terms = {name: weight for name, weight in vars(laptop.train.terms).items() if weight}
+    assert terms == {"kl": 1.0, "infonce": 0.1, "clp": 0.1}
+    assert laptop.llm.model is None and laptop.student == StudentConfig() and laptop.dataset.path == "demo"
+
+
+def test_an_llm_that_writes_for_negatives_alone_is_checked_too(path: Path) -> None:
+    told = ("queries.negatives=true", "llm.model=m", "llm.engine=endpoint")
+    assert "llm.url" in error_of(path, *told)
+    assert load(str(path), [*told, "llm.url=http://localhost:8000/v1"]).queries.sources is None
+
+
 @given(st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12))
 @settings(max_examples=100, deadline=None)
 def test_no_unknown_key_is_accepted(tmp_path_factory: Any, key: str) -> None:

@@ -96,3 +96,18 @@ def test_the_page_holds_what_was_found_of_the_teacher_and_loads_nothing() -> Non
 def test_a_page_without_judged_dev_queries_shows_the_signs_alone() -> None:
     whole = page([_facts()], fit=None, training=None)
     assert "the right one" not in whole and "19 of 20" in whole and whole.count("<svg") == 7
+
+
+def test_the_load_of_experts_is_drawn_for_the_best_trained_epoch_where_there_are_experts() -> None:
+    fit = {
+        "history": [{"epoch": 0.0, "step": 0.0, "dev_kl": 1.0}, {"epoch": 1.0, "step": 2.0, "dev_kl": 0.5}],
+        "steps": [{"step": 1.0, "kl": 0.5, "balance": 1.25}, {"step": 2.0, "kl": 0.25, "balance": 1.125}],
+        "best_epoch": 1, "load": [],
+    }  # fmt: skip
+    tau = {"student": 0.1, "teacher": 0.2, "infonce": 0.02}
+    training = {"batch_queries": 4, "temperatures": tau, "epoch": 1}
+    without = page([_facts()], fit=fit, training=training)
+    assert "Each colour is an expert" not in without
+    taken = {"encoder.layer.0": [30, 10], "encoder.layer.1": [0, 40]}
+    whole = page([_facts()], fit={**fit, "load": [{"epoch": 1, "taken": taken}]}, training=training)
+    assert "Each colour is an expert" in whole and whole.count("<svg") == without.count("<svg") + 1

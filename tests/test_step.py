@@ -1,6 +1,7 @@
 """One training step = plain backward through the whole batch, for any chunks and any ranks."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.functional import normalize
 
 from retrieval_ray import objective
 from retrieval_ray.balance import Balance, balance_loss
+from retrieval_ray.config import load as load_config
 from retrieval_ray.experts import add_experts
 from retrieval_ray.moe import Layout, moe_layers, watch
 from retrieval_ray.objective import Objective
@@ -27,6 +29,7 @@ OBJECTIVE = Objective(
     infonce_temperature=0.02,
 )
 RANKS = 3
+ROOT = Path(__file__).resolve().parents[1]
 CHUNKS = (1, 60, 100_000)  # one text a chunk; several; two chunks in all, so that a rank has none
 
 
@@ -205,6 +208,33 @@ def test_clp_without_the_negatives_queries_is_an_error_and_with_none_is_zero(stu
     student, none = _student(student_folder), replace(batch, negative_query_ids=[[None] * 3] * 2)
     assert _step(student, none, 60, objective=alone)["loss"] == 0
     assert all(g is None or not g.any() for g in _gradients(student).values())
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_released_form_of_clp_is_the_published_loss(student_folder, float64, size):
+    """configs/clp.yaml's terms against the published code's loop; a batch of one is what that code can do."""
+    train = load_config(str(ROOT / "configs" / "clp.yaml")).train
+    released = Objective(vars(train.terms), 0.05, 0.3, train.infonce_temperature)
+    batch = replace(_batch(size), excluded_ids=[[]] * size)
+    own = [[q or "q8" for q in row] for row in batch.negative_query_ids]
+    batch = replace(batch, negative_query_ids=own)
+    ours, plain, rows = DoubleStudent(student_folder), DoubleStudent(student_folder), _rows()
+    terms = _step(ours, batch, 60, objective=released)
+
+    def cosine(query, passage):
+        return plain.embed([rows[query]], "query")[0] @ plain.embed([rows[passage]], "passage")[0]
+
+    loss = oracles.released_clp(
+        [[cosine(q, p) for p in row] for q, row in zip(batch.query_ids, batch.passage_ids, strict=True)],
+        [
+            [cosine(q, p) for q, p in zip(own, row[1:], strict=True)]
+            for own, row in zip(batch.negative_query_ids, batch.passage_ids, strict=True)
+        ],
+        penalty=0.1,
+    )
+    loss.backward()
+    assert terms["loss"] == pytest.approx(loss.item(), rel=1e-10)
+    _same(_gradients(ours), _gradients(plain), relative=1e-9)
 
 
 @pytest.mark.parametrize("cells", [1, 20, 40])

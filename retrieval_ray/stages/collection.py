@@ -56,9 +56,10 @@ class Judged(Ranked):
 
 @dataclass(frozen=True)
 class Grouped(Judged):
-    """With the training lists."""
+    """With the training lists, and where they are asked for the queries that negatives answer."""
 
     groups: Stage
+    negatives: Stage | None
 
 
 _Later = TypeVar("_Later", bound=Collection)

@@ -27,7 +27,7 @@ _SHOWN = 5  # samples of each reason
 
 def run(context: Context, judged: Judged) -> Grouped:
     """Gate the teacher, choose its weights, and build the lists of one corpus."""
-    return extend(judged, Grouped, groups=_group(context, judged))
+    return extend(judged, Grouped, groups=_group(context, judged), negatives=None)
 
 
 def _group(context: Context, judged: Judged) -> Stage:

@@ -2,8 +2,10 @@
 
 The contrastive learning penalty (arXiv 2412.17364) holds a negative near its own query. Queries that
 were written for the passage already are taken; only for the others is one written, by the LLM where it is
-among the sources, and by extraction where it is not or gave none.
+named, and by extraction where it is not or gave none.
 """
+
+from dataclasses import replace
 
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Stage, stage
@@ -23,15 +25,18 @@ KIND = "question"  # of what is written anew
 _ORDER = {kind: at for at, kind in enumerate((*KINDS, "title", "span", "keywords"))}
 
 
-def run(context: Context, grouped: Grouped) -> Stage:
+def run(context: Context, grouped: Grouped) -> Grouped:
     """One query for every passage that stands as a negative, as a queries table of split ``negative``."""
+    return replace(grouped, negatives=_negatives(context, grouped))
+
+
+def _negatives(context: Context, grouped: Grouped) -> Stage:
     lists = grouped.groups.read("groups.parquet", ["passage_ids"]).column("passage_ids").to_pylist()
     negatives = {passage for row in lists for passage in row[1:]}
     own = _written(grouped)
     missing = negatives - own.keys()
-    by_llm = "llm" in (context.config.queries.sources or [])
     replies = None
-    if by_llm and missing:
+    if context.config.llm.model and missing:
         replies = generate.run_for(context, f"negatives of {grouped.name}", grouped.corpus, missing, KIND)
     identity = {
         "version": VERSION,

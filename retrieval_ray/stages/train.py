@@ -5,6 +5,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ _EXECUTION_KEYS = ("checkpoint_minutes", "activation_gib")
 def run(context: Context, corpora: list[Grouped]) -> Stage:
     """Train on the lists of these corpora; the best trained model ends in ``candidate/``."""
     config = context.config
+    if not config.train.terms.clp:  # the queries of negatives are not read
+        corpora = [replace(corpus, negatives=None) for corpus in corpora]
     identity = {
         "version": VERSION,
         "corpora": [[c.name, c.corpus.fingerprint, *_read_by_training(c)] for c in corpora],
@@ -62,7 +65,7 @@ def run(context: Context, corpora: list[Grouped]) -> Stage:
     target = stage(context.store, "train", identity)
     if not context.start(target, f"training on {', '.join(c.name for c in corpora)}"):
         return target
-    lists = [_lists(corpus.groups, "train") for corpus in corpora]
+    lists = [_lists(corpus.groups, "train", corpus.negatives) for corpus in corpora]
     if not any(len(part.query_ids) for part in lists):
         raise UserError("no training list is left on any corpus; see the groups stage's rejects")
     settings = _settings(context, corpora, lists)
@@ -108,7 +111,9 @@ def _lora(context: Context) -> dict[str, Any] | None:
 
 def _read_by_training(corpus: Grouped) -> list[str]:
     """The contents of every stage whose tables training reads."""
-    read = (corpus.queries, corpus.passages, corpus.query_vectors, corpus.retrieved, corpus.groups)
+    read = [corpus.queries, corpus.passages, corpus.query_vectors, corpus.retrieved, corpus.groups]
+    if corpus.negatives is not None:
+        read.append(corpus.negatives)
     return [stage.content() for stage in read]
 
 
@@ -187,11 +192,19 @@ def _calibrated(context: Context, corpora: list[Grouped], lists: list[Lists]) ->
     )
 
 
-def _lists(groups: Stage, split: str) -> Lists:
+def _lists(groups: Stage, split: str, negatives: Stage | None = None) -> Lists:
+    """negatives: gives the queries that the lists' negatives answer."""
     table = schema.check(groups.read("groups.parquet"), "groups", groups.folder.path)
     table = table.filter(pa.compute.equal(table.column("split"), split))
     passages = table.column("passage_ids").to_pylist()
     shortest = min(map(len, passages), default=0)  # dev lists may be whole pools of unequal length
+    own = None
+    if negatives is not None:
+        queries = _written(negatives)
+        of = dict(
+            zip(*(queries.column(name).to_pylist() for name in ("passage_id", "query_id")), strict=True)
+        )
+        own = [[of.get(passage) for passage in row[1:shortest]] for row in passages]
     return Lists(
         query_ids=table.column("query_id").to_pylist(),
         passage_ids=[row[:shortest] for row in passages],
@@ -199,17 +212,24 @@ def _lists(groups: Stage, split: str) -> Lists:
             [row[:shortest] for row in table.column("teacher_scores").to_pylist()], dtype=np.float64
         ),
         excluded_ids=table.column("excluded_ids").to_pylist(),
+        negative_query_ids=own,
     )
+
+
+def _written(negatives: Stage) -> pa.Table:
+    return schema.check(negatives.read("queries.parquet"), "queries", negatives.folder.path)
 
 
 def _data(corpus: Grouped, depth: int) -> CorpusData:
     """Read on every worker: only ids travel, texts are looked up."""
     queries = queries_table(corpus.queries)
+    if corpus.negatives is not None:  # some stand in both, with the same text
+        queries = pa.concat_tables([queries, _written(corpus.negatives)])
     qrels = qrels_of(corpus.queries, "dev")
     fused = rankings_of(corpus.retrieved, FUSED) if qrels else {}
     return CorpusData(
         name=corpus.name,
-        train=_lists(corpus.groups, "train"),
+        train=_lists(corpus.groups, "train", corpus.negatives),
         dev=_lists(corpus.groups, "dev"),
         passages=texts_by_id(corpus.corpus),
         queries=dict(

@@ -10,14 +10,24 @@ from typing import Any
 
 import pytest
 
+from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, Stage, stage
-from retrieval_ray.config import EMBEDDED, ComputeConfig, Config, DatasetConfig, LoraConfig, MemberConfig
+from retrieval_ray.config import (
+    EMBEDDED,
+    ComputeConfig,
+    Config,
+    DatasetConfig,
+    LoraConfig,
+    MemberConfig,
+    MoeConfig,
+    TermsConfig,
+)
 from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model
 from retrieval_ray.sources import Source
 from retrieval_ray.stages import encode, ingest, score, train
-from retrieval_ray.stages.collection import Collection, Ranked, extend
+from retrieval_ray.stages.collection import Collection, Grouped, Ranked, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
 from retrieval_ray.stages.profile import Profile, resolve
@@ -244,3 +254,56 @@ def test_training_is_named_after_its_lora(context: Context, monkeypatch: pytest.
         for lora in ({"r": 4}, {"r": 8}, {"r": 8, "alpha": 8.0}, {"r": 8, "targets": ["q_proj"]})
     }
     assert len(names) == 4 and before not in names
+
+
+def train_settings(**values: Any) -> Change:
+    return lambda run: replace(run, config=replace(run.config, train=replace(run.config.train, **values)))
+
+
+def test_training_is_named_after_its_experts(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = MoeConfig(experts=2)
+    wanted = [
+        MoeConfig(),
+        two,
+        *(replace(two, **more) for more in ({"jitter": 0.1}, {"balance_weight": 0.1}, {"train": "experts"})),
+    ]
+    names = {trained(train_settings(moe=moe)(context), monkeypatch) for moe in wanted}
+    assert len(names) == 5
+
+
+def test_training_is_named_after_the_queries_of_negatives_where_clp_reads_them(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def done(name: str, **content: Any) -> Stage:
+        made = stage(context.store, name, content)
+        made.write("queries.parquet", schema.from_rows("queries", []) if not content else schema.empty("run"))
+        made.finish(["queries.parquet"])
+        return made
+
+    other = done("other")
+    monkeypatch.setattr(Context, "start", lambda *_: False)
+
+    def name_of(negatives: Stage | None, clp: float) -> str:
+        grouped = Grouped(
+            "small",
+            "test",
+            1,
+            other,
+            None,
+            other,
+            other,
+            other,
+            {},
+            {},
+            ("dense",),
+            other,
+            {},
+            other,
+            negatives,
+        )
+        run = train_settings(terms=TermsConfig(clp=clp))(context)
+        return train.run(run, [grouped]).fingerprint
+
+    one, two = done("negatives"), done("negatives", other=True)
+    assert name_of(one, 0.1) != name_of(two, 0.1)
+    assert name_of(one, 0.0) == name_of(two, 0.0) == name_of(None, 0.0)

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import ray.train
 
-from retrieval_ray.artifacts import Location
-from retrieval_ray.config import Config
-from retrieval_ray.stages import train
+from retrieval_ray import schema
+from retrieval_ray.artifacts import Location, stage
+from retrieval_ray.config import Config, DatasetConfig
+from retrieval_ray.sources import Source
+from retrieval_ray.stages import ingest, train
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.profile import Profile
+from retrieval_ray.stages.queries import query_row
 from retrieval_ray.step import Lists
 
 
@@ -52,3 +55,45 @@ def test_a_corpus_of_few_queries_is_trained_on_and_said_so(
     assert settings.batch_queries == batch
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines, strict=True))
+
+
+def test_negatives_are_told_the_queries_that_they_answer(tmp_path: Path) -> None:
+    """By the negatives stage's table, where there is one; a passage without a query stays without."""
+    store = Location.of(str(tmp_path))
+    groups, negatives = stage(store, "groups", {}), stage(store, "negatives", {})
+
+    def listed(query: str, split: str, *passages: str) -> dict[str, object]:
+        return {
+            "corpus": "c", "query_id": query, "kind": "log", "split": split, "positive_id": passages[0],
+            "passage_ids": list(passages), "teacher_scores": [1.0] * len(passages), "excluded_ids": [],
+        }  # fmt: skip
+
+    rows = [
+        listed("a", "train", "p1", "p2", "p3"),
+        listed("b", "train", "p2", "p1", "p4", "p3"),  # cut to the shortest list
+        listed("c", "dev", "p2", "p1", "p4"),
+    ]
+    groups.write("groups.parquet", schema.from_rows("groups", rows))
+    written = [query_row(f"q-{p}", f"what is {p}?", "span", "negative", p, "us") for p in ("p1", "p2", "p4")]
+    negatives.write("queries.parquet", schema.from_rows("queries", written))
+    found = train._lists(groups, "train", negatives)
+    assert found.negative_query_ids == [["q-p2", None], ["q-p1", "q-p4"]]
+    assert train._lists(groups, "train").negative_query_ids is None
+
+    queries = stage(store, "queries", {})
+    queries.write("queries-00000.parquet", schema.from_rows("queries", [
+        query_row("a", "an a", "log", "train", None, "log"),
+        query_row("q-p1", "what is p1?", "span", "train", "p1", "us"),
+    ]))  # fmt: skip
+    queries.finish(["queries-00000.parquet"])
+    source = Source(
+        "c", lambda: [("", f"p{n}", "", f"text {n}") for n in range(1, 30)], lambda s: [], lambda s: []
+    )
+    profile = Profile("float32", "cpu", 1, 1024, 1)
+    corpus = ingest.run(Context(Config(), store, profile), DatasetConfig(), source)
+    grouped = SimpleNamespace(
+        name="c", corpus=corpus, queries=queries, retrieved=None, groups=groups, negatives=negatives
+    )
+    data = train._data(grouped, 10)  # type: ignore[arg-type]
+    assert data.queries == {"a": "an a", **{f"q-{p}": f"what is {p}?" for p in ("p1", "p2", "p4")}}
+    assert data.train.negative_query_ids == found.negative_query_ids and data.dev.negative_query_ids is None
