@@ -23,7 +23,7 @@ def training_flops(model: Any, lengths: Sequence[int]) -> float:
     for layer in moe_layers(model).values():
         share[id(layer.weight_EOI)] = layer.layout.top_k / layer.layout.experts
         share[id(layer.bias_EO)] = 0.0  # biases are added, not multiplied
-    dense = sum(p.numel() * share.get(id(p), 1.0) for p in model.parameters() if p.dim() > 1)
+    dense = sum(float(p.numel()) * share.get(id(p), 1.0) for p in model.parameters() if p.dim() > 1)
     text = model[0].auto_model.config.get_text_config()
     squares = sum(float(length) ** 2 for length in lengths)
     per_square = 12.0 * int(text.num_hidden_layers) * int(text.hidden_size)
