@@ -76,8 +76,8 @@ _OPENING = regex.compile(
     r"|(?:sure(?: thing)?|certainly|absolutely)!"
     # reasons on any number of lines before a label, or on one before the only other line
     rf"|(?:{REASONING}|(?:thoughts?|thinking|analysis|explanation)\**\s*[:：])"
-    rf"(?:.*?\n(?=[*_#\s]*+{_NAMED}\**\s*[:：])|[^\n]*?[.!?*]\s+(?=\**{_NAMED}\s*[:：]))"
-    rf"|{REASONING}[^\n]*\n\s*(?=[^\n]*\Z)"
+    rf"(?:(?:[^\n]*\n\s*+)+?(?=[*_#]*[ \t]*{_NAMED}\**\s*[:：])|[^\n]*?[.!?*]\s+(?=\**{_NAMED}\s*[:：]))"
+    rf"|{REASONING}[^\n]*\n\s*+(?=[^\n]*\Z)"
     rf"|{SURE}(?:[,.!]*[ \t]*|[,.!][^\n]{{0,120}}[:：][*_ \t]*)\n"
     r")\s*(?=.*\w)",  # where nothing follows, it stays, and tells what the reply is
     regex.S | regex.I,
@@ -109,7 +109,8 @@ _HEADER = regex.compile(
 )
 # In the middle of a line only where no space is before it: "what does <|endoftext|> mean" is a query.
 _TURN_END = regex.compile(
-    rf"(?:\s*{_TOKEN}(?=[ \t]*(?:\n|\Z|{_TOKEN}))|(?<=\S)(?:<\|[\w ]{{1,40}}\|>|<end_of_turn>)).*\Z", regex.S
+    rf"(?:(?<!\s)\s*+{_TOKEN}(?=[ \t]*(?:\n|\Z|{_TOKEN}))|(?<=\S)(?:<\|[\w ]{{1,40}}\|>|<end_of_turn>)).*\Z",
+    regex.S,
 )
 # Also where the template wrote the opening tag: then the closing one ends a line or a sentence, or stands
 # close to what follows. A thought that does not end is left to be seen.
@@ -155,9 +156,8 @@ _BULLET = regex.compile(
 )
 _ITEM = regex.compile(r"\A(?:[-*•·–]|\d{1,2}[.)])\s+")
 _SEPARATORS = ",;、，；،"
-_SEPARATOR = regex.compile(  # not the comma of 1,000; nor a bar or dot within a word
-    rf"\s*(?:(?<!\d),|,(?!\d)|[{_SEPARATORS[1:]}])\s*|(?:\A|\s+)[|•·](?:\s+|\Z)"
-)
+# Not the comma of 1,000; nor a bar or dot within a word.
+_SEPARATOR = regex.compile(rf"(?<!\d),|,(?!\d)|[{_SEPARATORS[1:]}]|(?<!\S)[|•·](?!\S)")
 _KEYWORD_END = regex.compile(rf"\n|{_SEPARATOR.pattern}")
 _MARKUP = (
     (regex.compile(r"\A(\*{1,3})(?!\s)([^*]+)(?<!\s)\1\Z"), r"\2"),
@@ -235,8 +235,8 @@ def _keywords(lines: list[str]) -> str:
         lines = [first, *takewhile(_is_term, rest)] if goes_on else [first]
     found: dict[str, str] = {}
     for line in lines:
-        for item in map(_bare, _SEPARATOR.split(_bare(line))):
-            if item:
+        for part in _SEPARATOR.split(_bare(line)):
+            if item := _bare(part.strip()):
                 found.setdefault(item.casefold(), item)
     return ", ".join(list(found.values())[:_KEYWORDS])
 

@@ -770,6 +770,7 @@ def test_refusals_and_preambles_of_other_languages_are_dropped(
         "| granite | igneous rock | magma |",
         "granite • igneous rock • magma",
         "• granite • igneous rock • magma",
+        "• granite, • igneous rock, • magma",
         "granite · igneous rock · magma",
         "• granite\n• igneous rock\n• magma",
         "granite |\nigneous rock |\nmagma",

@@ -77,7 +77,7 @@ def test_the_scripts_of_a_language(scripts: str, languages: str) -> None:
     ],
 )
 def test_a_language_may_be_named_in_more_words_than_one(name: str, script: str) -> None:
-    assert scripts_of_language(name) == set(script.split())
+    assert scripts_of_language(name) == frozenset(script.split())
 
 
 @pytest.mark.parametrize("language", ["xx", "qqq", "xx-XX", "Klingon", "", "-", "42", "12-34", "xx or yy"])
