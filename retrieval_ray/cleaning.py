@@ -21,6 +21,7 @@ ADJECTIVES = (
 PASSAGE = r"(?:the|this) (?:(?:given|provided|above) )?passage"
 SOURCE = rf"(?:based on|according to) (?:{PASSAGE}|(?:the|this) (?:(?:given|provided|above) )?text)\b"
 SURE = r"(?:sure(?: thing)?|certainly|absolutely|of course|okay|ok|alright|got it|hm+)"
+REASONING = r"(?:reasoning|rationale|thought process)\**\s*[:：]"
 MAIN_IDEA = rf"(?:the )?main (?:idea|point|topic)(?: of {PASSAGE})?(?: is\b|\**\s*[:：])"
 ANNOUNCEMENT = "|".join((
     rf"here(?:['’]?s| is| are) {ADJECTIVES}{NOUN}\b",
@@ -29,6 +30,7 @@ ANNOUNCEMENT = "|".join((
     r"here you (?:go|are)\s*(?=[:!.,])",
     r"how about\s*(?=[:：])",
     rf"(?:an?|the|one|my) {ADJECTIVES}{NOUN} for {PASSAGE} (?:is|are|(?:could|would|might) be)\b",
+    r"(?:i(?:['’]d| would)? (?:think|believe|say|suggest|propose)(?: that)? )?"
     rf"(?:an?|the|one|my) {ADJECTIVES}{NOUN}\b[^:：\"“\n]{{0,60}} (?:is|are|be)\s*(?=[:：\"“])",
     r"(?:some(?:one|body)|users?|an? user) (?:could|might|would|may) (?:search|type|ask|enter|query)\b",
     r"i(?:['’]d| would) be (?:happy|glad) to (?:help|assist)\b",
@@ -62,6 +64,9 @@ _LABEL = regex.compile(
     rf"|(?:#{{1,6}}[ \t]+|\*\*){_NAMED}(?:\*\*)?[ \t]*\n)\s*",  # a heading, which has a line of its own
     regex.I,
 )
+# Without marks, alone on the first line. Keywords may be such words themselves, each on a line of its own.
+_TITLED = regex.compile(rf"\A(?:{NOUN}|{_ELSEWHERE})[ \t]*\n\s*", regex.I)
+_TITLED_KEYWORDS = regex.compile(r"\Akey ?words?[ \t]*\n\s*", regex.I)
 # What goes with an announcement: the rest up to a colon, an opening quote or the line's end.
 _REST = r"""(?:[^:：\n"“«]{0,120}(?:[:：][*_]*|(?=["“«]))|[^\n]*\n)"""
 _OPENING = regex.compile(
@@ -69,6 +74,10 @@ _OPENING = regex.compile(
     rf"(?:{SURE}[\s,.!:–—-]+)?(?:{SOURCE}[^,:\n]{{0,40}},\s*)?(?:{ANNOUNCEMENT}){_REST}"
     rf"|{MAIN_IDEA}(?:[^\n]*\n|[^\n]*?[.!?*]\s+(?=\**{_NAMED}\s*[:：]))"
     r"|(?:sure(?: thing)?|certainly|absolutely)!"
+    # reasons on any number of lines before a label, or on one before the only other line
+    rf"|(?:{REASONING}|(?:thoughts?|thinking|analysis|explanation)\**\s*[:：])"
+    rf"(?:(?:[^\n]*\n\s*+)+?(?=[*_#]*[ \t]*{_NAMED}\**\s*[:：])|[^\n]*?[.!?*]\s+(?=\**{_NAMED}\s*[:：]))"
+    rf"|{REASONING}[^\n]*\n\s*+(?=[^\n]*\Z)"
     rf"|{SURE}(?:[,.!]*[ \t]*|[,.!][^\n]{{0,120}}[:：][*_ \t]*)\n"
     r")\s*(?=.*\w)",  # where nothing follows, it stays, and tells what the reply is
     regex.S | regex.I,
@@ -76,13 +85,18 @@ _OPENING = regex.compile(
 
 # --- what models say after it -------------------------------------------------------------------
 
+CANNOT = (
+    r"(?:i['’]?m (?:unable|not able) to|(?:i|we) (?:cannot|can['’]?t|can not|won['’]?t|will not|could not"
+    r"|couldn['’]?t|do not|don['’]?t|am (?:unable|not able) to|(?:will not|won['’]?t) be able to))"
+)
 _CLOSING = (
     r"\(?(?:please )?(?:let me know (?:if|whether|when|how|what)|feel free to|would you like (?:me|another)"
-    r"|(?:i )?hope (?:this|that|it) (?:helps|works|meets|is)|is there anything else"
+    r"|(?:i )?hope (?:this|that|it) (?:helps|works|meets|is)|is there (?:any|some)thing else"
     r"|(?:this|the) (?:query|question|claim|title) (?:is|asks|captures|covers|reflects|focuses|addresses)"
     r"|these keywords|(?:note|explanation|rationale|reasoning)\s*[:：])"
 )
-_CLOSED = regex.compile(rf"(?<=[.?!\"”»*)])\s+{_CLOSING}.*\Z", regex.I)
+# After "I cannot" it stays: it helps to tell a refusal.
+_CLOSED = regex.compile(rf"\A(?!{CANNOT}\b).*?(?<=[.?!\"”»*)])\K\s+{_CLOSING}.*\Z", regex.I)
 _CLOSING_LINE = regex.compile(_CLOSING, regex.I)
 
 # --- what chat templates and reasoning leave ----------------------------------------------------
@@ -95,12 +109,28 @@ _HEADER = regex.compile(
 )
 # In the middle of a line only where no space is before it: "what does <|endoftext|> mean" is a query.
 _TURN_END = regex.compile(
-    rf"(?:\s*{_TOKEN}(?=[ \t]*(?:\n|\Z|{_TOKEN}))|(?<=\S)(?:<\|[\w ]{{1,40}}\|>|<end_of_turn>)).*\Z", regex.S
+    rf"(?:(?<!\s)\s*+{_TOKEN}(?=[ \t]*(?:\n|\Z|{_TOKEN}))|(?<=\S)(?:<\|[\w ]{{1,40}}\|>|<end_of_turn>)).*\Z",
+    regex.S,
 )
-# Also where the template wrote the opening tag. A thought that does not end is left to be seen.
+# Also where the template wrote the opening tag: then the closing one ends a line or a sentence, or stands
+# close to what follows. A thought that does not end is left to be seen.
 _THOUGHT = regex.compile(
-    r"\A\s*<(think(?:ing)?|thought|reasoning)>.*?</\1>|\A(?!<think).*?</think(?:ing)?>[ \t]*(?:\n|\Z)",
+    r"\A\s*<(think(?:ing)?|thought|reasoning)>.*?</\1>|\A(?!<think).*?</think(?:ing)?>[ \t]*(?:\n|\Z)"
+    r"|\A(?:(?!</?think).)*?(?:[.!?…]\s*</think(?:ing)?>|(?<![\"'`“‘«(/])</think(?:ing)?>(?=[\w\"“«「*{¿<]))",
     regex.S | regex.I,
+)
+# OpenAI's harmony format: thoughts in one channel, the reply in another. Where its tokens were taken out,
+# "analysisWe need ...assistantfinalHow is ..." is left.
+_TO_CHANNEL = r"\A\s*(?:<\|start\|>\s*assistant\s*)?<\|channel\|>\s*"
+_FINAL = regex.compile(
+    rf"{_TO_CHANNEL}(?:(?:analysis|commentary)\b.*?<\|channel\|>\s*)?"
+    r"final\b[^\n<]{0,40}(?:<\|constrain\|>[^\n<]{0,40})?<\|message\|>"
+    r"|\A\s*(?:(?:analysis|commentary).*?)?assistantfinal(?:\s?json(?=\s*\{))?",
+    regex.S,
+)
+_ANALYSIS = regex.compile(
+    rf"{_TO_CHANNEL}(?:analysis|commentary)\b(?:[^\n<]{{0,40}}<\|message\|>)?"
+    r"|\A\s*analysis(?=(?:We|I|They|The|User|Let|So|Need|Must|Okay|Passage|Main)\b)"
 )
 
 # --- markup -------------------------------------------------------------------------------------
@@ -108,13 +138,27 @@ _THOUGHT = regex.compile(
 _FENCE = regex.compile(r"\A```(?:\w*[ \t]*\n)?(.*?)(?:```.*)?\Z", regex.S)
 _CUT_JSON = regex.compile(r'\A(?:\{\s*"(?:\w*\Z|\w+"\s*(?::|\Z))|\[\s*(?:"|\{\s*"))')
 _WRAPPER = regex.compile(r"\A<([a-z_]+)>\s*((?:(?!</?\1>).)+?)\s*</\1>\Z", regex.S | regex.I)
+# Of a tag that is not closed, or with more behind it; but "<query> element in xml", "<title> tag".
+_TAG = r"(?:(?:search_|user_)?(?:query|question)|claim|keywords|answer)"
+_TAGGED = (
+    (
+        rf"\A<({_TAG}|title)>\s*((?:(?!</?\1>).)*?)\s*</\1>(?:[ \t]*(?:\n|\Z)|\s+{_CLOSING}).*\Z",
+        r"\2",
+    ),
+    (rf"\A<(?:{_TAG}|title)>(?!.*</?(?:{_TAG}|title)>)(?:[ \t]*\n\s*|(?=[\w\"“«「*¿]))", ""),
+    (rf"\A<{_TAG}>(?!.*</?{_TAG}>)[ \t]+(?=(?-i:\p{{Lu}}))", ""),
+    (rf"\A((?:(?!</?{_TAG}>).)*[^\s<>\"'`])</{_TAG}>[ \t]*(?:\n.*)?\Z", r"\1"),
+)
+_TAGS = tuple((regex.compile(pattern, regex.S | regex.I), inside) for pattern, inside in _TAGGED)
 # "1. Weltkrieg" is no list; a list goes on with its second line. "# in url" is no heading.
 _BULLET = regex.compile(
     r"\A(?:[-*•·–]\s+|\d{1,2}\)\s+|1\.\s+(?=.*\n\s*2\.)|#{1,6}\s+(?=[\p{Lu}*])|#{2,6}\s+)", regex.S
 )
 _ITEM = regex.compile(r"\A(?:[-*•·–]|\d{1,2}[.)])\s+")
 _SEPARATORS = ",;、，；،"
-_SEPARATOR = regex.compile(rf"\s*(?:(?<!\d),|,(?!\d)|[{_SEPARATORS[1:]}])\s*")  # not that of 1,000
+# Not the comma of 1,000; nor a bar or dot within a word.
+_SEPARATOR = regex.compile(rf"(?<!\d),|,(?!\d)|[{_SEPARATORS[1:]}]|(?<!\S)[|•·](?!\S)")
+_KEYWORD_END = regex.compile(rf"\n|{_SEPARATOR.pattern}")
 _MARKUP = (
     (regex.compile(r"\A(\*{1,3})(?!\s)([^*]+)(?<!\s)\1\Z"), r"\2"),
     (regex.compile(r"(?<![\w*])\*\*([\p{L}\p{N}\"“][^*]*)(?<!\s)\*\*(?![\w*])"), r"\1"),
@@ -122,7 +166,8 @@ _MARKUP = (
     (regex.compile(r"\A``([^`]+)(?:``|'')\Z"), r"\1"),
     (
         regex.compile(
-            r"<(b|i|u|em|strong|mark|code|small|span|sub|sup|p|q|h[1-6])>((?:(?!</?\1>).)*)</\1>", regex.I
+            r"<(b|i|u|em|strong|mark|code|small|span|sub|sup|p|q|keyword|h[1-6])>((?:(?!</?\1>).)*)</\1>",
+            regex.I,
         ),
         r"\2",
     ),
@@ -133,6 +178,7 @@ _QUOTES = {
 }  # fmt: skip
 _STOPPED = tuple(marks[1] + stop for marks in _QUOTES for stop in ".,")
 _APOSTROPHE = regex.compile(r"(?<=\p{L})['’](?=\p{L})")
+_LINE_END = regex.compile(r"\r\n?|\n")  # Unicode's other separators are blanks
 _INVISIBLE = regex.compile(r"[\p{Cc}\p{Cs}\u200b\u2060\ufeff\ufffd]")
 
 
@@ -141,7 +187,8 @@ def clean(reply: str, kind: str) -> str:
 
     Of several lines or a list's items the first one counts; of keywords all are taken, up to five.
     """
-    text, before = reply, ""
+    before = ""
+    text: str = _LINE_END.sub("\n", reply)
     while text != before:  # a label in quotes, quotes in a label ...
         before, text = text, _unwrapped(text, kind)
     return text
@@ -149,16 +196,21 @@ def clean(reply: str, kind: str) -> str:
 
 def finished(reply: str, kind: str) -> str:
     """What is whole in a reply that was cut: all lines but the last one; of keywords all but the last."""
-    ends = f"\n{_SEPARATORS}" if kind == "keywords" else "\n"
-    return reply[: max(map(reply.rfind, ends)) + 1]
+    ends = (_KEYWORD_END if kind == "keywords" else _LINE_END).finditer(reply)
+    return reply[: max((end.end() for end in ends), default=0)]
 
 
 def _unwrapped(text: str, kind: str) -> str:
     """The line that counts, without one layer of what stands around it."""
+    text = _ANALYSIS.sub("<think>", _FINAL.sub("", text))
     text = _TURN_END.sub("", _HEADER.sub("", text))
     text = _THOUGHT.sub("", text).strip()
     text = _in_json(_FENCE.sub(r"\1", text).strip()).strip()
-    text = _LABEL.sub("", _OPENING.sub("", _WRAPPER.sub(r"\2", text)))
+    text = _WRAPPER.sub(r"\2", text)
+    for tag, inside in _TAGS:
+        text = tag.sub(inside, text)
+    text = _LABEL.sub("", _OPENING.sub("", text))
+    text = (_TITLED_KEYWORDS if kind == "keywords" else _TITLED).sub("", text)
     lines = _lines(text)
     if kind == "keywords":
         lines = [_keywords(lines)]
@@ -168,7 +220,7 @@ def _unwrapped(text: str, kind: str) -> str:
 
 def _lines(text: str) -> list[str]:
     """The lines that say something, without what cannot be seen."""
-    lines = (" ".join(_INVISIBLE.sub(" ", line).split()) for line in text.splitlines())
+    lines = (" ".join(_INVISIBLE.sub(" ", line).split()) for line in _LINE_END.split(text))
     return [line for line in lines if any(character.isalnum() for character in line)]
 
 
@@ -179,12 +231,12 @@ def _keywords(lines: list[str]) -> str:
         lines = [_ITEM.sub("", line) for line in listed]
     elif lines:
         first, *rest = lines
-        goes_on = first[-1] in _SEPARATORS or (_is_term(first) and not _SEPARATOR.search(first))
+        goes_on = first[-1] in f"{_SEPARATORS}|" or (_is_term(first) and not _SEPARATOR.search(first))
         lines = [first, *takewhile(_is_term, rest)] if goes_on else [first]
     found: dict[str, str] = {}
     for line in lines:
-        for item in map(_bare, _SEPARATOR.split(_bare(line))):
-            if item:
+        for part in _SEPARATOR.split(_bare(line)):
+            if item := _bare(part.strip()):
                 found.setdefault(item.casefold(), item)
     return ", ".join(list(found.values())[:_KEYWORDS])
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from retrieval_ray.checks import in_other_script, is_copied, is_too_long, no_query
+from retrieval_ray.checks import in_other_script, is_copied, is_repetitive, is_too_long, no_query
 from retrieval_ray.cleaning import clean, finished
 
-REPLIES_VERSION = "replies-2"
+REPLIES_VERSION = "replies-3"
 Drop = tuple[str, str]  # reason, detail
 
 
@@ -34,9 +34,9 @@ def parse(
     """The query in a reply, cleaned; or (reason, detail) to drop it.
 
     Reasons: ``empty``, ``thought`` (the reply ended within the model's thoughts), ``refusal``,
-    ``preamble`` and no query after it, ``cut``, ``too_long`` (more than ``max_words`` words),
-    ``other_script`` than the language's (None: the passage's), ``copied``: more than the share
-    ``max_copied`` of its words are one unbroken run of the passage's words.
+    ``preamble`` and no query after it, ``cut``, ``too_long`` (more than ``max_words`` words, or twelve
+    characters for each), ``repetitive``, ``other_script`` than the language's (None: the passage's),
+    ``copied``: more than the share ``max_copied`` of its words are one unbroken run of the passage's words.
 
     cut: the reply ended at the limit of tokens. Then its last line, or of keywords the last one, does not
     count. The first line does (the papers' code drops it, because their prompts lacked the assistant's
@@ -51,6 +51,8 @@ def parse(
         return reason, (query if reason in ("refusal", "preamble") else reply)[:200]
     if is_too_long(query, max_words):
         return "too_long", query[:200]
+    if is_repetitive(query):
+        return "repetitive", query[:200]
     if scripts := in_other_script(query, passage, language):
         return "other_script", f"{scripts}: {query[:200]}"
     if is_copied(query, passage, max_copied):

@@ -27,7 +27,8 @@ _LANGUAGES = {
         latvian lithuanian luxembourgish malagasy malay maltese maori māori nederlands norwegian
         occitan oromo polish polski português portuguese quechua romanian samoan serbian sesotho
         shona slovak slovene slovenian somali spanish sundanese swahili swedish tagalog turkish
-        turkmen uzbek vietnamese welsh wolof xhosa yoruba zulu""",
+        turkmen uzbek vietnamese welsh wolof xhosa yoruba zulu
+        hinglish spanglish taglish""",
     "Cyrillic": """
         ab av az ba be bg bs ce cu cv kk kv ky mk mn os ru sh sr tg tk tt uk uz
         aze bak bel bos bul chv kaz kir mac mkd mon rus srp tat tgk tuk ukr uzb
@@ -67,7 +68,10 @@ _SUBTAGS = {
     "tibt": "Tibetan", "kore": "Hangul", "hang": "Hangul", "yiii": "Yi", "hani": "Han", "hans": "Han",
     "hant": "Han", "jpan": "Han Kana", "hrkt": "Kana", "hira": "Kana", "kana": "Kana", "geor": "Georgian",
     "armn": "Armenian", "ethi": "Ethiopic", "thaa": "Thaana", "mong": "Mongolian",
+    "roman": "Latin", "romanized": "Latin", "romanised": "Latin", "romanization": "Latin",
+    "transliterated": "Latin", "pinyin": "Latin", "romaji": "Latin", "rōmaji": "Latin",
 }  # fmt: skip
+_BETWEEN = regex.compile(r"\s+(?:or|and)\s+|\s*[,/&+;|]\s*")  # languages; "or" alone is Oriya
 _LETTER = regex.compile(
     r"(?P<Kana>[\p{Hiragana}\p{Katakana}])|"
     + "|".join(rf"(?P<{name}>\p{{{name}}})" for name in _LANGUAGES if name != "Kana")
@@ -85,11 +89,15 @@ def scripts_of_language(language: str) -> frozenset[str] | None:
 
     language: a code, alone or with subtags ("pt-BR", "zh_Hant"), of which the script's has the last word
     ("sr-Latn"); an English name ("Simplified Chinese", "Serbian (Cyrillic)"); or a name in the language's
-    own letters, if they are not Latin ones.
+    own letters, if they are not Latin ones. "Romanized Hindi" and "Chinese (Pinyin)" are in Latin letters.
+    Of several languages ("English or Russian") the scripts of all that are known.
     """
+    several = [name for name in _BETWEEN.split(language.lower()) if name.strip()]
+    if len(several) > 1:
+        return frozenset[str]().union(*(scripts_of_language(name) or () for name in several)) or None
     pieces = regex.findall(r"[\p{L}\p{M}\p{N}]+", language.lower())
-    for tag in pieces[1:]:
-        if tag in _SUBTAGS:
+    for at, tag in enumerate(pieces):
+        if tag in _SUBTAGS and (at or len(tag) > 4):  # "thai" alone is the language
             return frozenset(_SUBTAGS[tag].split())
     # A code stands first and alone: the "Te" of "Te reo Māori" is not Telugu.
     code = regex.split(r"[-_]", language.lower())[0].strip()

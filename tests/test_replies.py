@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from retrieval_ray import demo
-from retrieval_ray.checks import is_copied
+from retrieval_ray.checks import is_copied, is_repetitive, is_too_long
 from retrieval_ray.prompts import JSON_SCHEMA, KINDS
 from retrieval_ray.replies import Drop, parse
 from retrieval_ray.scripts import script_of
@@ -30,9 +30,13 @@ PIECES = (
     "{", '{"query": ', "[", '["', "```", "<think>", "</think>", "<|eot_id|>", "assistant", "<b>", "</b>", "_",
     "**", '"', "“", "- ", "1. ", "2. ", ", ", "\n", "\n\n", "\u2028", "\x00", "Query: ", "Sure! ",
     "I cannot ", "Here is a question: ", "Main idea: ", "Let me know if ", "granite ",
+    "<|channel|>analysis<|message|>", "<|channel|>final<|message|>", "analysisWe ", "assistantfinal",
+    "Title\n", "<query>", "</query>", "Reasoning: ", " | ", " • ", "\r", "i can't provide ",
 )  # fmt: skip
 REPLIES = st.lists(st.text(max_size=12) | st.sampled_from(PIECES), max_size=8).map("".join)
-REASONS = {"empty", "thought", "refusal", "preamble", "cut", "too_long", "other_script", "copied"}
+REASONS = {
+    "empty", "thought", "refusal", "preamble", "cut", "too_long", "repetitive", "other_script", "copied",
+}  # fmt: skip
 
 
 def read(
@@ -114,6 +118,37 @@ def reason(
         "there is no water passage to india",
         "there is trouble in the passage of my coolant",
         "none of the above meaning",
+        "i can't provide information about my previous employer",
+        "I can't provide information about my employer.",
+        "i cannot provide information requested by the dmv",
+        "we cannot provide instructions in braille",
+        "i can't give advice to my friends",
+        "i can't provide medical certificate for sick leave",
+        "i cannot provide medical records to my insurance",
+        "i can't give legal advice disclaimer",
+        "i can't provide financial information for mortgage",
+        "i can't create explicit mappings in automapper",
+        "i cannot create graphic material in unity",
+        "i cannot create content type in sharepoint",
+        "I can't share adult content on discord",
+        "i can't write about myself",
+        "i can't write about that in my essay",
+        "i can't talk about it lyrics",
+        "i can't engage the clutch",
+        "I can't engage in conversations at work",
+        "i can't participate in discussions on canvas",
+        "i can't hear you. can you hear me now meme",
+        "there is not enough space on the disk",
+        "there is not enough memory to create a new folder",
+        "there is not enough information to create a profile linkedin",
+        "not enough context switches linux",
+        "insufficient information synonym",
+        "no context meaning",
+        "no information available on caller id",
+        "null pointer exception",
+        "undefined is not a function",
+        "no man's sky",
+        "no.1 ladies detective agency",
         # words that models begin with
         "here maps vs google maps",
         "here is the news bbc",
@@ -138,6 +173,18 @@ def reason(
         "we need to talk about kevin",
         "people also ask api",
         "main idea of plato's republic",
+        "reasoning and logic: an introduction",
+        "analysis: why rome fell",
+        "thinking, fast and slow",
+        "thought process model",
+        "analysisexception spark",
+        "analysis of assistant final exam scores",
+        "final channel of the analysis",
+        "title ix",
+        "query plan",
+        "question of the day",
+        "i think a good question is half an answer quote",
+        "i'd say a question of taste",
         "here's what you need to know about granite",
         "let me know synonym",
         "assistant manager salary",
@@ -163,6 +210,34 @@ def reason(
         "2. Weltkrieg Ursachen",
         "what does </think> mean in deepseek",
         "what does <|endoftext|> mean",
+        "what does <|channel|> final <|message|> mean",
+        "what is '</think>' in deepseek",
+        "regex to remove <think>...</think>from output",
+        "split on </think> in python",
+        "<query> element in solr config",
+        "<query>/<filter> in elasticsearch",
+        "<title> vs <h1>",
+        "<title>foo</title> not shown in browser",
+        "<answer> tag",
+        "what does </query> close",
+        "title tag <title>foo</title>",
+        # what repeats itself
+        "New York New York",
+        "new york new york lyrics",
+        "knock knock who's there knock knock",
+        "Buffalo buffalo Buffalo buffalo buffalo buffalo Buffalo buffalo",
+        "bye bye bye lyrics",
+        "location location location",
+        "na na na na na na na na batman",
+        "tick tock tick tock",
+        "had had had had in a sentence",
+        "is it true that the more the more the merrier",
+        "aaaaaaaaaah",
+        "100000000000000000000000000000000000 in words",
+        # in other kinds than keywords
+        "granite | rocks",
+        "granite • rocks",
+        "grep foo | sort | uniq",
         "is a < b < c allowed in python",
         "List<String> to String[] java",
         "vector<vector<int>> c++",
@@ -279,7 +354,8 @@ def test_a_natural_query_of_another_language_passes_as_it_stands(language: str, 
         "\ufeffhow is granite made\u200b",
         "how is granite made\ufffd",
         "how is granite\x00made",
-        "how is granite made\u2028or formed",
+        "how is granite made\rIt cools.",
+        "how is granite made\r\n\r\nIt cools.",
         # other quotes and markup
         "« how is granite made »",
         "„how is granite made”",
@@ -295,7 +371,23 @@ def test_a_natural_query_of_another_language_passes_as_it_stands(language: str, 
         "how is <em>granite</em> made",
         "<p><b>how is granite made</b></p>",
         "<question>\nhow is granite made\n</question>",
+        "<query>how is granite made",
+        "<query>\nhow is granite made",
+        "<query>how is granite made</query>",
+        "<query>how is granite made</query> This query asks for its origin.",
+        "<query>how is granite made</query>\nIt cools.",
+        "<search_query>how is granite made",
+        "<title>how is granite made",
+        "how is granite made</query>",
+        "Here is the query: <query>how is granite made</query>",
         # labels and headings
+        "Query\nhow is granite made",
+        "Question\n\nhow is granite made",
+        "Claim\n\nhow is granite made",
+        "Keywords\n\nhow is granite made",
+        "Title\r\n\r\nhow is granite made",
+        "Search query\nhow is granite made",
+        "Frage\n\nhow is granite made",
         "Answer: how is granite made",
         "**Answer:** how is granite made",
         "Final answer: how is granite made",
@@ -319,7 +411,26 @@ def test_a_natural_query_of_another_language_passes_as_it_stands(language: str, 
         "how is granite made</s>",
         "how is granite made<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nwhat is granite",
         "how is granite made<｜end▁of▁sentence｜>",
+        "<|channel|>analysis<|message|>Rocks.<|end|><|start|>assistant<|channel|>final<|message|>"
+        "how is granite made<|return|>",
+        "<|channel|>analysis<|message|>So\nrocks.<|channel|>commentary<|message|>Hm.<|channel|>final "
+        '<|constrain|>json<|message|>{"query": "how is granite made"}',
+        "<|start|>assistant<|channel|>final<|message|>how is granite made",
+        "analysisWe need a query.\nRocks.assistantfinalhow is granite made",
+        "analysis We need a query. assistantfinal how is granite made",
+        'assistantfinal json{"query": "how is granite made"}',
+        "thinking...</think>how is granite made",
+        "So rocks</think>how is granite made",
+        "So, rocks.\nFine. </think> how is granite made",
+        'So rocks</think>"how is granite made"',
         # what is said before
+        "I think a good question is: how is granite made",
+        'I\'d say a natural question would be "how is granite made"',
+        "Reasoning: it is about rocks.\nQuestion: how is granite made",
+        "**Reasoning:** it is about rocks\nand magma\n\n**Question:** how is granite made",
+        "Reasoning: it is about rocks. Question: how is granite made",
+        "Reasoning: it is about rocks\n\nhow is granite made",
+        "Analysis: it is about rocks\nQuery: how is granite made",
         "Here is a question:\n\nhow is granite made",
         "**Here is a question:**\n**how is granite made**",
         "Here is a question: how is granite made",
@@ -370,6 +481,17 @@ def test_the_first_line_counts_because_the_prompt_ends_with_the_assistants_heade
 )
 def test_labels_and_marks_go_and_what_belongs_to_the_query_stays(reply: str, expected: str) -> None:
     assert read(reply) == expected
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\t", "\u00a0"])
+def test_only_line_feeds_and_returns_end_a_line(separator: str) -> None:
+    for kind in set(KINDS) - {"keywords"}:
+        assert read(f"how is{separator}granite made", kind=kind) == "how is granite made"
+
+
+def test_a_label_alone_is_none_of_the_keywords() -> None:
+    assert read("Keywords\n\ngranite, magma", kind="keywords") == "granite, magma"
+    assert read("Query\nIndex\nTable", kind="keywords") == "Query, Index, Table"
 
 
 @pytest.mark.parametrize(
@@ -461,6 +583,9 @@ def test_a_reply_without_a_query_is_empty(reply: str) -> None:
         "<thinking>granite?",
         "<|im_start|>assistant\n<think>\nOkay",
         "<think>Granite.</think>\n<think>No, magma, or",
+        "<|channel|>analysis<|message|>We need a query",
+        "<|start|>assistant<|channel|>analysis<|message|>Rocks.<|end|>",
+        "analysisWe need to write a query.",
     ],
 )
 def test_a_thought_that_does_not_end_holds_no_query(reply: str, kind: str, cut: bool) -> None:
@@ -522,6 +647,34 @@ def test_a_thought_that_does_not_end_holds_no_query(reply: str, kind: str, cut: 
         "I need more information to write a suitable title.",
         "You haven't provided a passage.",
         "It seems you didn't include the text.",
+        "I can't provide information or guidance on illegal or harmful activities.",
+        "I can't provide information or guidance on illegal or harmful activities, including drugs",
+        "I cannot provide information on how to make bombs.",
+        "I can’t provide instructions on how to pick a lock",
+        "I cannot provide guidance on that",
+        "I can't create explicit content.",
+        "I cannot generate explicit content. Is there something else I can help you with?",
+        "I can't create content that promotes violence or illegal acts",
+        "I can't generate sexually explicit material.",
+        "I can't write about that topic.",
+        "I can't write about this sensitive subject",
+        "I can't talk about that.",
+        "I can't engage in conversations that promote hate.",
+        "I can't engage in explicit conversations.",
+        "I can’t provide medical advice.",
+        "I cannot provide legal or financial advice.",
+        "I can't give personalized medical advice about that",
+        "I can't tell that story. Is there anything else I can help you with?",
+        "I can't depict that. Can I help you with something else?",
+        "There is not enough context to generate a question.",
+        "There isn't enough information in the text to write a claim.",
+        "There is insufficient information provided to create a title.",
+        "Not enough context to write a question",
+        "Insufficient context.",
+        "null",
+        "undefined",
+        "No.",
+        '{"query": "null"}',
         '{"query": "I cannot generate a query for this passage."}',
         "<think>Hm.</think>I'm sorry, but I can't help with that.",
     ],
@@ -560,6 +713,10 @@ def test_a_refusal_is_dropped(reply: str) -> None:
         "We need to produce a query about granite.",
         "I need to write a short title that fits.",
         "The user wants a search query.",
+        "I think a good question is:",
+        "Reasoning: the passage is about rocks",
+        "**Reasoning**: rocks\nand magma\nand lava",
+        "Title",
     ],
 )
 def test_a_preamble_and_no_query_after_it_is_dropped(reply: str) -> None:
@@ -609,6 +766,17 @@ def test_refusals_and_preambles_of_other_languages_are_dropped(
         "granite,igneous rock,magma",
         "granite; igneous rock; magma",
         "granite\nigneous rock\nmagma",
+        "granite | igneous rock | magma",
+        "| granite | igneous rock | magma |",
+        "granite • igneous rock • magma",
+        "• granite • igneous rock • magma",
+        "• granite, • igneous rock, • magma",
+        "granite · igneous rock · magma",
+        "• granite\n• igneous rock\n• magma",
+        "granite |\nigneous rock |\nmagma",
+        "granite;igneous rock;magma",
+        "Keywords\n\n• granite\n• igneous rock\n• magma",
+        "<keyword>granite</keyword>, <keyword>igneous rock</keyword>, <keyword>magma</keyword>",
         "granite\n\nigneous rock\n\nmagma",
         "granite,\nigneous rock,\nmagma",
         "granite, igneous rock,\nmagma",
@@ -639,6 +807,12 @@ def test_keywords_are_one_query_however_they_are_laid_out(reply: str) -> None:
 
 def test_commas_in_numbers_separate_no_keywords() -> None:
     assert read("1,500 metres race, running", kind="keywords") == "1,500 metres race, running"
+    assert read("running, 1,500", kind="keywords", cut=True) == "running"
+
+
+def test_bars_and_dots_within_a_word_separate_no_keywords() -> None:
+    assert read("a|b, p || q", kind="keywords") == "a|b, p || q"
+    assert read("卡尔·马克思、资本论", PASSAGES["zh"], kind="keywords") == "卡尔·马克思, 资本论"
 
 
 def test_keywords_of_other_languages_are_separated_by_their_commas() -> None:
@@ -677,6 +851,9 @@ def test_of_lines_of_another_kind_the_first_counts(kind: str) -> None:
         "```\nhow is",
         '{"query": "how is granite',
         "<think>Rocks.</think>\nhow is",
+        "Title\n\nhow is",
+        "Reasoning: rocks\nQuestion: how is",
+        "<query>how is",
         "",
     ],
 )
@@ -712,6 +889,8 @@ def test_a_query_before_the_line_that_was_cut_is_whole(reply: str) -> None:
         ("granite, igneous rock\n\nThese keywords, which", "granite, igneous rock"),
         ("a, b, c, d, e, f, g", "a, b, c, d, e"),
         ("花岗岩、岩浆、深", "花岗岩, 岩浆"),
+        ("granite | igneous rock | mag", "granite, igneous rock"),
+        ("• granite • igneous rock • mag", "granite, igneous rock"),
     ],
 )
 def test_of_keywords_that_were_cut_the_last_one_goes(reply: str, expected: str) -> None:
@@ -745,9 +924,70 @@ def test_a_query_of_more_words_than_allowed_is_too_long(most: int, words: int) -
 
 def test_where_there_are_no_spaces_pairs_of_characters_are_counted() -> None:
     """Four for each word that is allowed: a text of 41 characters has 40 pairs."""
-    query = "花" * 41
+    query = "".join(map(chr, range(0x4E00, 0x4E00 + 41)))
     assert read(query, PASSAGES["zh"], words=10) == query
     assert read(f"{query}花", PASSAGES["zh"], words=10) == ("too_long", f"{query}花")
+
+
+@given(st.integers(1, 20))
+def test_a_word_that_is_allowed_has_twelve_characters(most: int) -> None:
+    query = "abcdefghijkl" * most
+    assert not is_too_long(query, most) and is_too_long(f"{query}m", most)
+
+
+def test_one_long_word_is_too_long() -> None:
+    assert read("A" * 2_000) == ("too_long", "A" * 200)
+
+
+# --- repetitions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "Who sells copper " * 20,
+        "Who sells copper? Who sells copper? Who sells copper?",
+        "trade guilds trade guilds trade guilds",
+        "Tell me who sells copper, who sells copper, who sells copper",
+        "granite " * 9,
+        "the big rock big the rock the big rock the the rock big rock the the rock big rock the",
+        "A" * 500,
+        "ha" * 50,
+        "什么是花岗岩" * 3,
+        "花" * 30,
+    ],
+)  # fmt: skip
+def test_a_query_that_says_the_same_again_and_again_is_dropped(query: str) -> None:
+    assert read(query, "") == ("repetitive", query.strip()[:200])
+
+
+@pytest.mark.parametrize(
+    "query", ["哈哈哈哈", "谢谢谢谢", "恭喜恭喜恭喜你歌词", "もしもし もしもし", "加油加油加油"]
+)
+def test_a_word_without_spaces_may_be_said_often(query: str) -> None:
+    assert read(query, "") == query
+
+
+@given(
+    st.integers(2, 6), st.integers(1, 6), st.integers(0, 12), st.integers(0, 12), st.sampled_from([" ", ", "])
+)
+def test_a_phrase_three_times_in_more_than_half_of_the_query_is_too_often(
+    length: int, times: int, before: int, after: int, between: str
+) -> None:
+    phrase = " ".join(f"p{n}" for n in range(length))
+    query = between.join(
+        [*(f"b{n}" for n in range(before)), *[phrase] * times, *(f"a{n}" for n in range(after))]
+    )
+    words = before + length * times + after
+    few = words >= 20 and 3 * (before + length + after) <= words
+    assert is_repetitive(query) == (few or (times >= 3 and 2 * length * times > words))
+
+
+@given(st.lists(st.integers(0, 99), unique=True, max_size=64))
+def test_different_words_are_no_repetition(numbers: list[int]) -> None:
+    words = [f"w{number}" for number in numbers]
+    assert not is_repetitive(" ".join(words))
+    assert not is_repetitive(" ".join(words * 2))
 
 
 # --- scripts ----------------------------------------------------------------------------------
@@ -799,6 +1039,16 @@ def test_a_language_of_several_scripts_may_be_written_in_each(language: str) -> 
     for query in ("kako nastaje granit", "како настаје гранит"):
         assert read(query, ENGLISH, language=language) == query
     assert reason("花岗岩怎么形成", language=language) == "other_script"
+
+
+def test_of_several_languages_each_may_be_written() -> None:
+    for query in ("how is granite made", "как образуется гранит"):
+        assert read(query, language="English or Russian") == query
+    assert reason("花岗岩怎么形成", language="English or Russian") == "other_script"
+    assert (
+        read("granite kaise banta hai", PASSAGES["hi"], language="Romanized Hindi")
+        == "granite kaise banta hai"
+    )
 
 
 def test_a_subtag_says_which_of_the_scripts() -> None:

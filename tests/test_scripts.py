@@ -54,13 +54,33 @@ def test_the_scripts_of_a_language(scripts: str, languages: str) -> None:
         ("Kazakh in Latin letters", "Latin"),
         ("Te reo Māori", "Latin"),  # `te` is Telugu, as a code alone
         (" EN ", "Latin"),
+        ("Romanized Hindi", "Latin"),
+        ("romanised Hindi", "Latin"),
+        ("Hindi (romanized)", "Latin"),
+        ("Roman Urdu", "Latin"),
+        ("Chinese (Pinyin)", "Latin"),
+        ("Japanese (romaji)", "Latin"),
+        ("Hinglish", "Latin"),
+        ("Cyrillic Serbian", "Cyrillic"),
+        ("Romanian", "Latin"),
+        ("Simplified and Traditional Chinese", "Han"),
+        ("English or Russian", "Latin Cyrillic"),
+        ("English and Russian", "Latin Cyrillic"),
+        ("English, Hindi or Russian", "Latin Devanagari Cyrillic"),
+        ("en/ru", "Latin Cyrillic"),
+        ("en, ru", "Latin Cyrillic"),
+        ("Romanized Hindi or Russian", "Latin Cyrillic"),
+        ("Serbian (Cyrillic and Latin)", "Latin Cyrillic"),
+        ("English or Klingon", "Latin"),
+        ("or", "Oriya"),  # a code, and no word between two languages
+        ("or-IN", "Oriya"),
     ],
 )
 def test_a_language_may_be_named_in_more_words_than_one(name: str, script: str) -> None:
-    assert scripts_of_language(name) == {script}
+    assert scripts_of_language(name) == frozenset(script.split())
 
 
-@pytest.mark.parametrize("language", ["xx", "qqq", "xx-XX", "Klingon", "", "-", "42", "12-34"])
+@pytest.mark.parametrize("language", ["xx", "qqq", "xx-XX", "Klingon", "", "-", "42", "12-34", "xx or yy"])
 def test_a_language_that_is_not_known_has_no_script(language: str) -> None:
     assert scripts_of_language(language) is None
 

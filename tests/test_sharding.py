@@ -1,5 +1,7 @@
 """Training on several ranks, whole and sharded, against training on one."""
 
+import importlib.util
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,18 +14,22 @@ from retrieval_ray import step
 from retrieval_ray.artifacts import Location
 from retrieval_ray.checkpoints import load_weights
 from retrieval_ray.fit import fit
+from retrieval_ray.lora import add_lora
 from retrieval_ray.sharding import shard
 from retrieval_ray.student import Student
 from tests.corpora import SETTINGS, Killed, assert_near, kill_at, tiny_corpus
 
 pytestmark = pytest.mark.slow
 RANKS = 2
+WITH_LORA = importlib.util.find_spec("peft") is not None
 # so few tokens to a chunk that ranks get different numbers of them; a peak that keeps rounding small
 SMALL = replace(SETTINGS, chunk_tokens=60, learning_rate=1e-4)
 
 
-def _fit(model, words, target, *, sharded=False, **more):
+def _fit(model, words, target, *, sharded=False, lora=False, **more):
     student = Student(model, precision="float32", device="cpu")
+    if lora:
+        add_lora(student, r=2, alpha=None, targets=None, seed=0)
     if sharded:
         shard(student, torch.device("cpu"))
     progress = fit(student, [tiny_corpus(words)], SMALL, Location.of(str(target)), **more)
@@ -49,9 +55,15 @@ def _rank(rank, model, words, folder):
     found["progress"] = progress
     with pytest.raises(Killed):
         _fit(model, words, folder / "broken", sharded=True, on_step=kill_at(4))
+    if rank == 0:
+        shutil.copytree(folder / "broken", folder / "sharded, then one")
+    dist.barrier()
     resumed, student = _fit(model, words, folder / "broken", sharded=True)
     found["again"] = {name: p.full_tensor().detach() for name, p in student.model.named_parameters()}
     found["resumed"] = resumed
+    if WITH_LORA:
+        _, student = _fit(model, words, folder / "lora", sharded=True, lora=True)
+        found["lora"] = {name: p.full_tensor().detach() for name, p in student.model.named_parameters()}
     found["chunks"] = shares
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -112,8 +124,9 @@ def test_a_sharded_run_resumes_to_the_same_bits(ranks):
         assert all(torch.equal(rank["whole"][name], weight) for name, weight in rank["again"].items())
 
 
-def test_a_run_of_two_workers_goes_on_with_one(folder, ranks, one, student_folder, words):
-    resumed, student = _fit(student_folder, words, folder / "elastic")
+@pytest.mark.parametrize("before", ["elastic", "sharded, then one"])
+def test_a_run_of_two_workers_goes_on_with_one(folder, ranks, one, student_folder, words, before):
+    resumed, student = _fit(student_folder, words, folder / before)
     assert len(one[0].steps) > 4
     _same_steps(resumed, one[0])
     assert_near(_weights(student), one[1], 1e-6)
@@ -123,3 +136,12 @@ def test_sharded_weights_are_those_of_a_whole_student(folder, ranks, student_fol
     student = Student(student_folder, precision="float32", device="cpu")
     load_weights(student, Location.of(str(folder / "sharded")) / "best.safetensors")
     assert all(torch.equal(ranks[0]["whole"][name], weight) for name, weight in _weights(student).items())
+
+
+@pytest.mark.skipif(not WITH_LORA, reason="peft is not installed")
+def test_a_sharded_student_may_have_lora(ranks, student_folder, words, tmp_path):
+    _, student = _fit(student_folder, words, tmp_path, lora=True)
+    expected = _weights(student)
+    assert any(weight.any() for name, weight in expected.items() if ".lora_B" in name)
+    for rank in ranks:
+        assert_near(rank["lora"], expected, 1e-6)

@@ -358,7 +358,7 @@ def _student(config: Mapping[str, Any]) -> tuple[Student, Callable[[], None]]:
 def _preemption_notice() -> Callable[[], bool]:
     """True once, on all workers alike, when Ray tells of a node that is about to be taken away.
 
-    Asking is a barrier of a few milliseconds; Ray before 2.57 has nothing to ask.
+    Asking is a barrier of a few milliseconds; an older Ray has nothing to ask.
     """
     ask = getattr(ray.train, "get_preemption_info", None)
     told = False
