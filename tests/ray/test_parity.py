@@ -46,8 +46,8 @@ def test_the_same_weights_on_the_same_data_are_compared_and_nothing_else(tmp_pat
     anything: Any = own
     judged = Judged(
         name="n", split="test", relevance_threshold=1, corpus=anything, generated=None, queries=anything,
-        passages=anything, query_vectors=anything, retrievers=("dense",), retrieved=ours,
-        scores={"cross_encoder": own},
+        passages=anything, query_vectors=anything, more_passages={}, more_query_vectors={},
+        retrievers=("dense",), retrieved=ours, scores={"cross_encoder": own},
     )  # fmt: skip
     context: Any = SimpleNamespace(store=store)
     (found,) = parity.run(context, judged)

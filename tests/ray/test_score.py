@@ -57,7 +57,7 @@ def rows(stage: Stage, prefix: str = "scores-") -> list[dict[str, Any]]:
 def cached(store: Path) -> list[bytes]:
     import pyarrow.parquet as pq
 
-    files = store.glob("scores/*/*/*.parquet")
+    files = store.glob("scores/*/*/*/*.parquet")
     return [key for file in files for key in pq.read_table(file).column("key").to_pylist()]
 
 
