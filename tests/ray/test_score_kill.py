@@ -64,7 +64,7 @@ def table(output: Path) -> list[dict[str, Any]]:
 def kept(output: Path) -> list[bytes]:
     """Every judged pair that was committed, as often as it was."""
     found: list[bytes] = []
-    for file in (output / "store").glob("scores/*/*/*.parquet"):
+    for file in (output / "store").glob("scores/*/*/*/*.parquet"):
         found += pq.read_table(file).column("key").to_pylist()
     return found
 
