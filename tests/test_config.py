@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_ray.config import Config, DatasetConfig, StudentConfig, load, to_dict
+from retrieval_ray.config import Config, DatasetConfig, StudentConfig, to_dict
+from retrieval_ray.config_file import load
 from retrieval_ray.errors import UserError
 from retrieval_ray.prompts import KINDS
 
@@ -394,11 +395,11 @@ def test_experts_are_off_until_they_are_asked_for(path: Path) -> None:
 
 
 def test_the_choices_of_experts_are_those_there_are() -> None:
-    from retrieval_ray import config, moe
+    from retrieval_ray import config_values, moe
 
-    assert config.ROUTERS == tuple(moe.ROUTERS) and config.WHERE == moe.WHERE
-    assert config.RANGES["train.moe"]["experts"] == (0, moe.MAX_EXPERTS)
-    assert config.RANGES["train.moe"]["top_k"] == (1, moe.MAX_TOP_K)
+    assert config_values.ROUTERS == tuple(moe.ROUTERS) and config_values.WHERE == moe.WHERE
+    assert config_values.RANGES["train.moe"]["experts"] == (0, moe.MAX_EXPERTS)
+    assert config_values.RANGES["train.moe"]["top_k"] == (1, moe.MAX_TOP_K)
 
 
 def test_an_llm_must_be_named_and_an_endpoint_must_have_an_address(path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from retrieval_ray import objective
 from retrieval_ray.balance import Balance, balance_loss
-from retrieval_ray.config import load as load_config
+from retrieval_ray.config_file import load as load_config
 from retrieval_ray.experts import add_experts
 from retrieval_ray.moe import Layout, moe_layers, watch
 from retrieval_ray.objective import Objective

@@ -16,7 +16,8 @@ import pyarrow as pa
 from pyarrow.fs import FileType
 
 from retrieval_ray.artifacts import Location, digest
-from retrieval_ray.config import Config, load, to_dict
+from retrieval_ray.config import Config, to_dict
+from retrieval_ray.config_file import load
 from retrieval_ray.errors import UserError
 from retrieval_ray.stages import cluster
 from retrieval_ray.stages.context import STAGES, Context

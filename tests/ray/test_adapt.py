@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from retrieval_ray.artifacts import Location
-from retrieval_ray.config import load
+from retrieval_ray.config_file import load
 from retrieval_ray.stages import job
 
 from .conftest import ROOT, job_module, small_settings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from retrieval_ray.config import load
+from retrieval_ray.config_file import load
 from retrieval_ray.errors import UserError
 from retrieval_ray.stages import job
 

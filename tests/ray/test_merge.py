@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import retrieval_ray
-from retrieval_ray.config import load
+from retrieval_ray.config_file import load
 from retrieval_ray.errors import UserError
 from retrieval_ray.experts import add_experts
 from retrieval_ray.moe import Layout, moe_layers

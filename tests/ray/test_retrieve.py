@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval_ray.artifacts import Location, Stage, part_name, stage
-from retrieval_ray.config import load
+from retrieval_ray.config_file import load
 from retrieval_ray.runs import fuse
 from retrieval_ray.stages import index, job
 from retrieval_ray.stages.encode import Vectors

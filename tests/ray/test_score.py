@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from retrieval_ray.artifacts import Stage
-from retrieval_ray.config import load
+from retrieval_ray.config_file import load
 from retrieval_ray.stages import job
 from retrieval_ray.stages.ingest import texts_by_id
 from retrieval_ray.stages.queries import queries_table

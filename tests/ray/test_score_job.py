@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval_ray.config import load
+from retrieval_ray.config_file import load
 from retrieval_ray.errors import UserError
 from retrieval_ray.stages import job
 from retrieval_ray.teachers.cross_encoder import CrossEncoder

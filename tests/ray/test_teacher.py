@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from retrieval_ray.config import load
+from retrieval_ray.config_file import load
 from retrieval_ray.errors import UserError
 from retrieval_ray.sources import open_source
 from retrieval_ray.stages import ingest, job, reranker
