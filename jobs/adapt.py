@@ -5,6 +5,8 @@
 This file is the pipeline; each line is a stage that reads tables and writes tables.
 """
 
+from collections.abc import Sequence
+
 from retrieval_ray.artifacts import Stage
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
@@ -25,9 +27,9 @@ from retrieval_ray.stages import (
     score,
     train,
 )  # fmt: skip
-from retrieval_ray.stages.collection import Grouped
+from retrieval_ray.stages.collection import Collection, Grouped
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.judges import judges_of
+from retrieval_ray.stages.judges import Judge, judges_of
 
 
 def adapt(context: Context, until: str | None) -> str | None:
@@ -63,8 +65,30 @@ def pipeline(context: Context, until: str | None) -> str | None:
         return None
     if not context.dry_run:  # only now: what is wrong with the data shows before any cluster starts
         cluster.join(config.compute, context.worker_resources()["num_gpus"])
-    models = config.retrieve.models
-    encoded = [encode.run(context, collection, models=models) for collection in collections]
+    grouped = listed(context, collections, judges, until)
+    if grouped is None:
+        return None
+    rounds = []
+    if proven := [each for each in grouped if group.may_train(context, each)]:
+        rounds = [train.run(context, proven, judges)]
+    while 0 < len(rounds) < config.train.rounds and (better := another(context, proven, judges, rounds)):
+        rounds.append(better)
+    if until == "train":
+        return None
+    outcomes = [evaluated(context, each, rounds) for each in grouped]
+    if context.dry_run:
+        return None
+    where = results.write(context, outcomes, rounds)
+    say(f"report: {config.output_dir}/report.html, model: {config.output_dir}/model")
+    return where.url
+
+
+def listed(
+    context: Context, collections: Sequence[Collection], judges: list[Judge], until: str | None = None
+) -> list[Grouped] | None:
+    """The training lists that the context's student and the teachers make; None where it stops before."""
+    config = context.config
+    encoded = [encode.run(context, each, models=config.retrieve.models) for each in collections]
     if until == "encode":
         return None
     ranked = [retrieve.run(context, each, config.retrieve.retrievers) for each in encoded]
@@ -76,25 +100,30 @@ def pipeline(context: Context, until: str | None) -> str | None:
     grouped = [group.run(context, each) for each in judged]
     if config.queries.negatives:
         grouped = [negatives.run(context, each) for each in grouped]
-    if until == "groups":
-        return None
-    proven = [each for each in grouped if group.may_train(context, each)]
-    trained = train.run(context, proven) if proven else None
-    if until == "train":
-        return None
-    outcomes = [evaluated(context, each, trained) for each in grouped]
-    if context.dry_run:
-        return None
-    where = results.write(context, outcomes, trained)
-    say(f"report: {config.output_dir}/report.html, model: {config.output_dir}/model")
-    return where.url
+    return None if until == "groups" else grouped
 
 
-def evaluated(context: Context, grouped: Grouped, trained: Stage | None) -> results.Outcome:
+def another(
+    context: Context, corpora: list[Grouped], judges: list[Judge], rounds: list[Stage]
+) -> Stage | None:
+    """A round whose retriever, and embedded teacher, is the student of the last; None where none helps.
+
+    A round begins where the last one ended. None follows one whose dev measures did not rise.
+    """
+    if not train.improved(rounds[-1]):
+        return None
+    say(f"round {len(rounds) + 1}")
+    now = context.with_student(train.candidate(rounds[-1]))
+    proven = [each for each in listed(now, corpora, judges) or [] if group.may_train(now, each)]
+    trained = train.run(now, proven, judges) if proven else None
+    return trained if trained is not None and train.improved(trained) else None
+
+
+def evaluated(context: Context, grouped: Grouped, rounds: list[Stage]) -> results.Outcome:
     """Encode and search one collection with the trained model, where there is one, and measure."""
     adapted = None
-    if trained:
-        now, note = context.with_student(train.candidate(trained)), " with the adapted model"
+    if rounds:
+        now, note = context.with_student(train.candidate(rounds[-1])), " with the adapted model"
         adapted = retrieve.run(now, encode.run(now, grouped, note), ["dense"], note)
     return results.Outcome(grouped, adapted, evaluate.run(context, grouped, adapted))
 

@@ -46,10 +46,10 @@ def load_checkpoint(
     student: Student, optimiser: torch.optim.Optimizer, folder: Location
 ) -> dict[str, Any] | None:
     """Go back to the newest checkpoint of a folder; returns its state, None where there is none."""
-    there = _checkpoints(folder)
-    if not there:
+    file = newest(folder)
+    if file is None:
         return None
-    data = (folder / there[-1]).read()
+    data = file.read()
     tensors = safetensors.torch.load(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     _put(student, tensors)
@@ -77,8 +77,14 @@ def save_weights(student: Student, target: Location) -> None:
 
 
 def load_weights(student: Student, source: Location) -> None:
-    """Put weights that ``save_weights`` wrote into a student, whether or not it is sharded."""
+    """Put the weights of a file that was written here into a student, whether or not it is sharded."""
     _put(student, safetensors.torch.load(source.read()))
+
+
+def newest(folder: Location) -> Location | None:
+    """The file of the newest checkpoint; ``load_weights`` reads it."""
+    there = _checkpoints(folder)
+    return folder / there[-1] if there else None
 
 
 def _checkpoints(folder: Location) -> list[str]:

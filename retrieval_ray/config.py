@@ -210,6 +210,9 @@ class TrainConfig:
     passage_tokens: int | None = None  # training reads passages only so far; null: the student's own
     chunk_tokens: int = 8192  # of one GradCache chunk, padding included
     activation_gib: float | None = None  # that kept graphs may take; null: a share of what is free
+    refresh_steps: int | None = None  # negatives are mined anew every so many steps; null: never
+    refresh_epochs: float | None = None  # or of every so many epochs
+    rounds: int = 1  # at most: the adapted student is the retriever of the next, while dev measures rise
     checkpoint_minutes: float = 5.0
     moe: MoeConfig = field(default_factory=MoeConfig)
 

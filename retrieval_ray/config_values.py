@@ -63,6 +63,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "student_temperature": (_TINY, _MANY), "infonce_temperature": (_TINY, _MANY),
         "chunk_tokens": (1, _MANY), "activation_gib": (0, _MANY),
         "passage_tokens": (1, _MANY), "checkpoint_minutes": (0, _MANY),
+        "refresh_steps": (1, _MANY), "refresh_epochs": (_TINY, _MANY), "rounds": (1, _MANY),
     },
     "train.terms": {
         "kl": (0, _MANY), "infonce": (0, _MANY), "infonce_list": (0, _MANY), "margin_mse": (0, _MANY),
@@ -150,6 +151,10 @@ def check(config: Config) -> None:
             f"student.lora.{key}: has no effect without student.lora.r",
         )
     need(config.student.lora.targets != [], "student.lora.targets: name at least one layer, or null")
+    need(
+        config.train.refresh_steps is None or config.train.refresh_epochs is None,
+        "train.refresh_steps: not together with train.refresh_epochs",
+    )
     need(0 < config.train.dev_share < 1, "train.dev_share: must lie between 0 and 1")
     for section, ranges in RANGES.items():
         for key, (low, high) in ranges.items():

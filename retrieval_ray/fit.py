@@ -97,12 +97,16 @@ def fit(
     on_step: OnStep = lambda step, total, terms: None,
     on_epoch: Callable[[Mapping[str, float]], None] = lambda row: None,
     should_checkpoint: Callable[[], bool] = lambda: False,
+    until: int | None = None,
 ) -> Progress:
     """Train, and leave the best trained weights in the student and in ``folder / best.safetensors``.
 
     Continues from the newest checkpoint in ``folder``; the batches to come do not depend on the number of
     ranks, so any number may go on. Whether the best trained epoch beats the untouched student is
-    ``chosen(progress.history) > 0``. ``folder / steps.jsonl`` gets a row a step with its terms, its seconds
+    ``chosen(progress.history) > 0``.
+    until: pause after this step, with a checkpoint, and leave the weights as they are then; the lists'
+    passages may be others when training goes on, the queries may not. Where training ends before, it has
+    ended. ``folder / steps.jsonl`` gets a row a step with its terms, its seconds
     by part and its speed. The routers of a student with experts are jittered and balanced as told.
     should_checkpoint: asked on every rank after every step, and must answer alike on all; for a machine
     that is about to be taken away.
@@ -219,9 +223,12 @@ def fit(
         )
         on_step(progress.step, total, {**terms, "norm": norm, "seconds": seconds})
 
+    def paused() -> bool:
+        return until is not None and progress.step >= until
+
     if progress.epoch == 0:
         finish_epoch()
-    while not progress.done:
+    while not (progress.done or paused()):
         for which, indices in epoch_batches(
             sizes,
             settings.batch_queries,
@@ -233,10 +240,13 @@ def fit(
             take_step(which, indices)
             noticed = should_checkpoint()
             late = time.monotonic() - saved_at > settings.checkpoint_seconds
-            if _rank_zero_says(late, student.device) or noticed:
+            if _rank_zero_says(late, student.device) or noticed or paused():
                 save()
-        finish_epoch()
-    if progress.best_epoch is not None:
+            if paused():
+                break  # the epoch's last step or not: going on finishes the epoch
+        else:
+            finish_epoch()
+    if progress.done and progress.best_epoch is not None:
         _wait_for_rank_zero()  # its file
         load_weights(student, folder / "best.safetensors")
     return progress

@@ -4,11 +4,12 @@ Sources: CADET (arXiv 2505.19274) and arXiv 2502.19712, section and code lines i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from retrieval_ray.negatives import NEGATIVES, Margins, Scores, too_close
+from retrieval_ray.runs import Ranking
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,28 @@ class Group:
     deeper: int = 0  # of the rule "top": negatives that stand in for such passages, from deeper ranks
 
 
-def standardise(scores_N: Scores) -> Scores:
-    """Scores of one query with mean 0 and deviation 1; zeros where all are equal."""
-    deviation = float(scores_N.std())
+def standardise(scores_N: Scores, first_M: Scores | None = None) -> Scores:
+    """Scores of one query with mean 0 and deviation 1; zeros where all are equal.
+
+    first_M: whose mean and deviation are used instead of the scores' own.
+    """
+    measured = scores_N if first_M is None else first_M
+    deviation = float(measured.std())
     if deviation < 1e-12:
         return np.zeros_like(scores_N)
-    standard: Scores = (scores_N - scores_N.mean()) / deviation
+    standard: Scores = (scores_N - measured.mean()) / deviation
     return standard
 
 
-def combine(teachers: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
+def combine(
+    teachers: Mapping[str, Scores],
+    weights: Mapping[str, float],
+    first: Mapping[str, Scores] | None = None,
+) -> Scores:
     """One score per passage out of several teachers': each standardised, then averaged by weight.
 
     A single teacher keeps its raw scores, so that they can be compared across queries.
+    first: the scores of the query's first pool, which a later pool is standardised by.
     """
     used = {name: weights.get(name, 0.0) for name in teachers}
     if len(teachers) == 1:
@@ -64,8 +74,19 @@ def combine(teachers: Mapping[str, Scores], weights: Mapping[str, float]) -> Sco
     mixed = np.zeros(len(next(iter(teachers.values()))))
     for name, scores_N in teachers.items():
         if used[name]:
-            mixed = mixed + used[name] / total * standardise(scores_N)
+            own = None if first is None else first[name]
+            mixed = mixed + used[name] / total * standardise(scores_N, own)
     return mixed
+
+
+def with_similarities(pool: Pool, ranking: Ranking) -> Pool:
+    """The pool with the dense retriever's scores of its passages."""
+    similar = dict(ranking)
+    return replace(
+        pool,
+        similarities_N=np.array([similar.get(p, np.nan) for p in pool.passage_ids]),
+        floor=min(similar.values(), default=0.0),
+    )
 
 
 @dataclass(frozen=True)
@@ -77,7 +98,7 @@ class Scale:
 
     low: float
     high: float
-    min_positive: float
+    min_positive: float | None  # None: any positive will do
 
     @classmethod
     def of(
@@ -90,10 +111,9 @@ class Scale:
     ) -> "Scale":
         """Percentiles over all passage scores of all surviving queries."""
         low, high = np.percentile(scores, [lower_percentile, upper_percentile])
-        floor = -np.inf
-        if min_positive_percentile is not None:
-            floor = float(np.percentile(scores, min_positive_percentile))
-        return cls(float(low), float(high), floor)
+        if min_positive_percentile is None:
+            return cls(float(low), float(high), None)
+        return cls(float(low), float(high), float(np.percentile(scores, min_positive_percentile)))
 
     def apply(self, scores_N: Scores) -> Scores:
         span = self.high - self.low
@@ -165,7 +185,7 @@ def build(
     rule then chooses among the rest of the pool, so deeper ranks fill the list; nothing unjudged does.
     """
     positive = positive_of(pool)
-    if pool.scores_N[positive] < scale.min_positive:
+    if scale.min_positive is not None and pool.scores_N[positive] < scale.min_positive:
         return "low_positive", f"{pool.scores_N[positive]:.4g} < {scale.min_positive:.4g}"
     normal_N = scale.apply(pool.scores_N)
     others = [i for i in range(len(pool.passage_ids)) if i != positive]

@@ -1,11 +1,12 @@
 """Metrics and manifests -> one self-contained HTML page."""
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from retrieval_ray import plots
+from retrieval_ray import plots, report_training
+from retrieval_ray.markup import cells, prose
 from retrieval_ray.metrics import METRICS
 
 _STYLE = """
@@ -40,12 +41,16 @@ def page(
     *,
     fit: Mapping[str, Any] | None,
     training: Mapping[str, Any] | None,
+    rounds: int = 1,
 ) -> str:
-    """The whole report as one HTML document; pictures are inline SVG, nothing is loaded."""
+    """The whole report as one HTML document; pictures are inline SVG, nothing is loaded.
+
+    fit, training: of the last of ``rounds``.
+    """
     names = ", ".join(str(facts.metrics["dataset"]) for facts in corpora)
     sections = [section for facts in corpora for section in _corpus(facts)]
     if fit and training:
-        sections.append(_training(fit, training))
+        sections.append(report_training.section(fit, training, rounds))
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width'>"
@@ -170,7 +175,7 @@ def trust(
 def _losses(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "<p>On no judged dev query does the teacher fall behind the student.</p>"
-    return "<p>Where the teacher falls behind most:</p>" + _prose(
+    return "<p>Where the teacher falls behind most:</p>" + prose(
         ["query", "student", "teacher", "a relevant passage", "its ranks", "the teacher's first"],
         (
             [
@@ -184,7 +189,7 @@ def _losses(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _kinds(kinds: Mapping[str, Mapping[str, Any]]) -> str:
-    return _cells(
+    return cells(
         ["queries of kind", "with a pool", "source in the pool", "source not first", "inverted"],
         (
             [
@@ -204,7 +209,7 @@ def _inverted(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     if not rows:
         return note
-    return note + _prose(
+    return note + prose(
         ["query", "kind", "should stand high", "teacher's rank", "gap", "the teacher's first"],
         (
             [
@@ -259,56 +264,4 @@ def _gate(gate: Mapping[str, Any]) -> str:
 
 def _table(systems: Mapping[str, Mapping[str, float]]) -> str:
     rows = ([name, *(f"{values[metric]:.4f}" for metric in METRICS)] for name, values in systems.items())
-    return _cells(["system", *METRICS], rows, marked="adapted")
-
-
-def _prose(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of texts."""
-    return _cells(head, rows, marked="").replace("<table>", "<table class=prose>")
-
-
-def _cells(head: Sequence[str], rows: Iterable[Sequence[str]], *, marked: str) -> str:
-    """A table; the row that begins with ``marked`` stands out."""
-    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr{' class=marked' * (row[0] == marked)}>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{top}</tr>{body}</table>"
-
-
-def _training(fit: Mapping[str, Any], training: Mapping[str, Any]) -> str:
-    tau = training["temperatures"]
-    return (
-        "<h2>Training</h2>"
-        f"<p>Batches of {training['batch_queries']} queries; temperatures: student "
-        f"{tau['student']:.3g}, teacher {tau['teacher']:.3g}, InfoNCE {tau['infonce']:.3g}. "
-        f"Epoch returned: {training['epoch']}"
-        + (" (the untouched model)" if training["epoch"] == 0 else "")
-        + ".</p>"
-        + plots.loss(fit)
-        + plots.dev(fit, training["epoch"])
-        + _epochs(fit, training)
-        + _load(fit)
-    )
-
-
-def _load(fit: Mapping[str, Any]) -> str:
-    """What experts took, in training of the best trained epoch."""
-    rows = [row for row in fit["load"] if row["epoch"] == fit["best_epoch"]]
-    if not rows:
-        return ""
-    return plots.load(rows[0]["taken"], f"Share of tokens by expert, epoch {rows[0]['epoch']}") + (
-        "<p class='note'>Each colour is an expert, each row a layer with experts; dashed: where all "
-        "experts take alike.</p>"
-    )
-
-
-def _epochs(fit: Mapping[str, Any], training: Mapping[str, Any]) -> str:
-    measures = [name for name in plots.MEASURES if name in fit["history"][0]]
-    rows = ([f"{row['epoch']:.0f}", *(f"{row[name]:.4f}" for name in measures)] for row in fit["history"])
-    return _cells(
-        ["epoch", *(plots.MEASURES[name] for name in measures)], rows, marked=str(training["epoch"])
-    )
+    return cells(["system", *METRICS], rows, marked="adapted")

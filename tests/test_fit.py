@@ -264,3 +264,45 @@ def test_each_step_is_of_one_corpus_and_corpora_take_turns(student_folder, words
     assert [len(batch) for batch in seen[:4]] == [4, 3, 4, 4]  # large, small (a short one), large, large
     assert seen[1] == set(small.train.query_ids)
     assert seen[0] | seen[2] | seen[3] == set(large.train.query_ids)
+
+
+@pytest.mark.parametrize("pauses", [(1, 3), (4,), (5, 6)], ids=str)
+def test_a_run_that_pauses_and_goes_on_ends_with_the_same_weights(student_folder, corpus, tmp_path, pauses):
+    """Also where the pause is at the end of an epoch."""
+    whole, weights = _fit(student_folder, corpus, tmp_path / "whole")
+    for until in pauses:
+        paused, _ = _fit(student_folder, corpus, tmp_path / "broken", until=until)
+        assert (paused.step, paused.done) == (until, False)
+        again, _ = _fit(student_folder, corpus, tmp_path / "broken", until=until)  # is not trained further
+        assert again.steps == paused.steps == whole.steps[:until]
+    ended, last = _fit(student_folder, corpus, tmp_path / "broken", until=10_000)
+    assert ended.done and (ended.steps, ended.history) == (whole.steps, whole.history)
+    assert all(torch.equal(weights[name], last[name]) for name in weights)
+
+
+def test_a_pause_leaves_the_weights_of_its_step(student_folder, corpus, tmp_path):
+    """Not those of the best epoch, and not the checkpoint before."""
+    _, paused = _fit(student_folder, corpus, tmp_path / "pause", until=3)
+    seen = {}
+
+    def keep(student):
+        def on_step(step, total, terms):
+            if step == 3:
+                seen.update({name: p.detach().clone() for name, p in student.model.named_parameters()})
+
+        return on_step
+
+    student = Student(student_folder, precision="float32", device="cpu")
+    fit(student, [corpus], SETTINGS, Location.of(str(tmp_path / "whole")), on_step=keep(student))
+    assert all(torch.equal(seen[name], paused[name]) for name in seen)
+
+
+def test_lists_may_change_in_a_pause(student_folder, corpus, tmp_path):
+    """What follows is trained on the new lists, in the order of queries that was going on."""
+    whole, _ = _fit(student_folder, corpus, tmp_path / "whole")
+    _fit(student_folder, corpus, tmp_path / "changed", until=2)
+    others = replace(corpus.train, passage_ids=[[row[0], *row[:0:-1]] for row in corpus.train.passage_ids])
+    changed, _ = _fit(student_folder, replace(corpus, train=others), tmp_path / "changed")
+    assert changed.steps[:2] == whole.steps[:2]
+    assert [row["kl"] for row in changed.steps[2:]] != [row["kl"] for row in whole.steps[2:]]
+    assert [row["tokens"] for row in changed.steps] == [row["tokens"] for row in whole.steps]

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from retrieval_ray.groups import Group, Pool, Scale, best, build, combine, inconsistency, standardise
+from retrieval_ray.groups import (
+    Group,
+    Pool,
+    Scale,
+    best,
+    build,
+    combine,
+    inconsistency,
+    standardise,
+    with_similarities,
+)
 from retrieval_ray.negatives import NEGATIVES, Margins
 from tests import oracles
 
@@ -237,3 +247,25 @@ def test_teachers_are_averaged_by_weight_after_standardising():
     assert combine({"late": late}, {"late": 0.3}) is late  # raw: comparable across queries
     with pytest.raises(ValueError, match="sum to 0"):
         combine(teachers, {"other": 1.0})
+
+
+@given(
+    st.lists(st.floats(-50, 50), min_size=2, max_size=12),
+    st.lists(st.floats(-50, 50), min_size=2, max_size=12),
+)
+def test_a_later_pool_is_standardised_by_the_first(first: list[float], later: list[float]) -> None:
+    """So a pair that stands in both has one score: s' = (s - mean of the first) / its deviation."""
+    a, b = np.array(first), np.concatenate([later, first[:1]])
+    both = {"late": a, "bm25": a[::-1].copy()}, {"late": b, "bm25": np.append(later, a[-1])}
+    weights = {"late": 2.0, "bm25": 1.0}
+    mixed = combine(both[1], weights, both[0])
+    assert mixed[-1] == pytest.approx(combine(both[0], weights)[0], abs=1e-9)
+    alone = np.array([1.0, 5.0])
+    assert combine({"late": alone}, weights, {"late": a}) is alone
+
+
+def test_similarities_join_a_pool_by_passage() -> None:
+    pool = Pool("q", "log", None, ["a", "b", "c"], np.array([3.0, 2.0, 1.0]))
+    found = with_similarities(pool, [("c", 0.9), ("z", 0.8), ("a", 0.5)])
+    np.testing.assert_array_equal(found.similarities_N, [0.5, np.nan, 0.9])
+    assert found.floor == 0.5 and found.passage_ids == pool.passage_ids

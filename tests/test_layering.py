@@ -26,6 +26,7 @@ MIDDLE = {
     "sharding",
     "lora",
     "report",
+    "report_training",
     "search",
     "ivf",
     "bm25",

@@ -105,9 +105,25 @@ def test_the_load_of_experts_is_drawn_for_the_best_trained_epoch_where_there_are
         "best_epoch": 1, "load": [],
     }  # fmt: skip
     tau = {"student": 0.1, "teacher": 0.2, "infonce": 0.02}
-    training = {"batch_queries": 4, "temperatures": tau, "epoch": 1}
+    training = {"batch_queries": 4, "temperatures": tau, "epoch": 1, "refreshes": []}
     without = page([_facts()], fit=fit, training=training)
     assert "Each colour is an expert" not in without
     taken = {"encoder.layer.0": [30, 10], "encoder.layer.1": [0, 40]}
     whole = page([_facts()], fit={**fit, "load": [{"epoch": 1, "taken": taken}]}, training=training)
     assert "Each colour is an expert" in whole and whole.count("<svg") == without.count("<svg") + 1
+
+
+def test_refreshes_of_negatives_and_rounds_are_shown_where_there_were_any() -> None:
+    fit = {
+        "history": [{"epoch": 0.0, "step": 0.0, "dev_kl": 1.0}, {"epoch": 1.0, "step": 1.0, "dev_kl": 0.5}],
+        "steps": [{"step": 1.0, "kl": 0.5}], "best_epoch": 1, "load": [],
+    }  # fmt: skip
+    tau = {"student": 0.1, "teacher": 0.2, "infonce": 0.02}
+    training = {"batch_queries": 4, "temperatures": tau, "epoch": 1, "refreshes": []}
+    without = page([_facts()], fit=fit, training=training)
+    assert "negatives of step" not in without and "This is round" not in without
+    found = {"renewed": 1234, "new_negatives": 0.375, "judged": 5678, "from_cache": 91}
+    row = {"mined_at": 40, "used_from": 80, "corpora": {"a<b": found}}
+    whole = page([_facts()], fit=fit, training={**training, "refreshes": [row]}, rounds=2)
+    assert "<tr><td>40<td>80<td>a&lt;b<td>1,234<td>37.5%<td>5,678<td>91</tr>" in whole.replace("</td>", "")
+    assert "This is round 2" in whole

@@ -1,7 +1,7 @@
 """The groups stage: the teacher gate, then training lists from raw scores. No model runs here."""
 
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -52,13 +52,13 @@ def _group(context: Context, judged: Judged) -> Stage:
     pools = _pools(judged, raw, config.teacher.depth)
     verdict = _verdict(context, judged, pools)
     pooled, rejects = _pooled(context, judged, pools, verdict.weights)
-    built, unfit = _build(context, judged, pooled)
+    built, unfit, scales = _build(context, judged, pooled)
     rejects += unfit
     findings = trusted.Findings(
         [trust.read(each.pool, each.rankings) for each in pooled],
         [trust.Beside(q, *pair) for q, pair in sorted(verdict.by_query.items())],
     )
-    table = schema.from_rows("groups", [_row(judged.name, group, split) for group, split in built])
+    table = schema.from_rows("groups", [row_of(judged.name, group, split) for group, split in built])
     target.write("groups.parquet", table)
     target.write("rejects.parquet", rejects_table("groups", rejects))
     target.write("trust.parquet", trusted.table(findings))
@@ -75,6 +75,7 @@ def _group(context: Context, judged: Judged) -> Stage:
         rejected=dict(Counter(reason for _, reason, _ in rejects)),
         samples=_samples(rejects, judged),
         left_out=_left_out([group for group, split in built if split == "train"]),
+        scales={kind: asdict(scale) for kind, scale in sorted(scales.items())},
         score_quantiles={
             teacher: np.quantile(list(scores.values()), np.linspace(0, 1, 41)).tolist()
             for teacher, scores in raw.items()
@@ -169,11 +170,10 @@ def _pooled(
     context: Context, judged: Judged, pools: dict[str, gate.JudgedPool], weights: gate.Weights
 ) -> tuple[list[_Pooled], list[Reject]]:
     """The pools of all training queries, by query_id, and the queries that have none."""
-    config = context.config.groups
     table = queries_table(judged.queries)
     table = table.filter(pa.compute.equal(table.column("split"), "train"))
     own = {r: rankings_of(judged.retrieved, r) for r in judged.retrievers}
-    by_similarity = config.margin_scores == "dense" and _margins(context) is not None
+    by_similarity = measured_by_similarity(context)
     found, rejects = [], []
     for row in sorted(table.to_pylist(), key=lambda row: str(row["query_id"])):
         query_id = str(row["query_id"])
@@ -185,17 +185,17 @@ def _pooled(
             query_id, row["kind"], row["passage_id"], held.passage_ids, groups.combine(held.teachers, weights)
         )
         if by_similarity:
-            similar = dict(own["dense"].get(query_id, []))
-            pool = replace(
-                pool,
-                similarities_N=np.array([similar.get(p, np.nan) for p in pool.passage_ids]),
-                floor=min(similar.values(), default=0.0),
-            )
+            pool = groups.with_similarities(pool, own["dense"].get(query_id, []))
         found.append(_Pooled(pool, {r: [p for p, _ in own[r].get(query_id, [])] for r in judged.retrievers}))
     return found, rejects
 
 
-def _margins(context: Context) -> Margins | None:
+def measured_by_similarity(context: Context) -> bool:
+    """Whether margins are measured on the dense retriever's scores."""
+    return context.config.groups.margin_scores == "dense" and margins_of(context) is not None
+
+
+def margins_of(context: Context) -> Margins | None:
     config = context.config.groups
     if config.relative_margin is None and config.absolute_margin is None:
         return None
@@ -204,9 +204,11 @@ def _margins(context: Context) -> Margins | None:
 
 def _build(
     context: Context, judged: Judged, pooled: list[_Pooled]
-) -> tuple[list[tuple[groups.Group, str]], list[Reject]]:
+) -> tuple[list[tuple[groups.Group, str]], list[Reject], dict[str, groups.Scale]]:
+    """The lists with their split, the queries that get none, the scale of each kind."""
     config = context.config.groups
     rejects: list[Reject] = []
+    scales: dict[str, groups.Scale] = {}
     by_kind: dict[str, list[groups.Pool]] = defaultdict(list)
     for each in pooled:
         problem = groups.inconsistency(
@@ -223,7 +225,7 @@ def _build(
     survivors: list[tuple[groups.Pool, groups.Scale, groups.Group]] = []
     ratio = config.false_negative_ratio
     for kind in sorted(by_kind):
-        scale = groups.Scale.of(
+        scale = scales[kind] = groups.Scale.of(
             np.concatenate([pool.scores_N for pool in by_kind[kind]]),
             lower_percentile=config.lower_percentile,
             upper_percentile=config.upper_percentile,
@@ -236,7 +238,7 @@ def _build(
                 list_size=config.list_size,
                 false_negative_ratio=ratio,
                 negatives=config.negatives,
-                margins=_margins(context),
+                margins=margins_of(context),
             )
             if isinstance(group, groups.Group):
                 survivors.append((pool, scale, group))
@@ -255,7 +257,7 @@ def _build(
             all_of_it = groups.build(pool, scale, list_size=size, false_negative_ratio=ratio, negatives="top")
             assert isinstance(all_of_it, groups.Group)
             built.append((all_of_it, "dev"))
-    return built, rejects
+    return built, rejects, scales
 
 
 def _source(pool: groups.Pool) -> str:
@@ -299,7 +301,8 @@ def _left_out(built: list[groups.Group]) -> dict[str, Any]:
     }
 
 
-def _row(corpus: str, group: groups.Group, split: str) -> dict[str, Any]:
+def row_of(corpus: str, group: groups.Group, split: str) -> dict[str, Any]:
+    """A list as a row of the groups table."""
     return {
         "corpus": corpus,
         "query_id": group.query_id,

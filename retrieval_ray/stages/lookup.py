@@ -47,15 +47,17 @@ class DenseScorer:
 class Bm25Scorer:
     """BM25 scores of the pools of one part of queries; holds the index of the corpus."""
 
-    def __init__(self, teacher_id: str, ranked: Ranked, depth: int, target: Stage) -> None:
-        self.teacher_id, self.target, self.depth = teacher_id, target, depth
+    def __init__(
+        self, teacher_id: str, ranked: Ranked, depth: int, target: Stage, groups: Stage | None
+    ) -> None:
+        self.teacher_id, self.target, self.depth, self.groups = teacher_id, target, depth, groups
         self.queries, self.retrieved = ranked.queries, ranked.retrieved
         self.bm25 = bm25_of(ranked.corpus)
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])
         passages: dict[str, list[str]] = defaultdict(list)
-        table = pool.head(self.retrieved, number, self.depth)
+        table = pool.of_lists(pool.head(self.retrieved, number, self.depth), self.groups)
         columns = (table.column(name).to_pylist() for name in ("query_id", "passage_id"))
         for query_id, passage_id in zip(*columns, strict=True):
             passages[query_id].append(passage_id)

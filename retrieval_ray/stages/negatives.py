@@ -7,6 +7,8 @@ named, and by extraction where it is not or gave none.
 
 from dataclasses import replace
 
+import pyarrow as pa
+
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Stage, stage
 from retrieval_ray.datasets import rejects_table
@@ -25,18 +27,23 @@ KIND = "question"  # of what is written anew
 _ORDER = {kind: at for at, kind in enumerate((*KINDS, "title", "span", "keywords"))}
 
 
-def run(context: Context, grouped: Grouped) -> Grouped:
-    """One query for every passage that stands as a negative, as a queries table of split ``negative``."""
-    return replace(grouped, negatives=_negatives(context, grouped))
+def run(context: Context, grouped: Grouped, earlier: Stage | None = None) -> Grouped:
+    """One query for every passage that stands as a negative, as a queries table of split ``negative``.
+
+    earlier: this stage's table of other lists; its queries are taken too, and no LLM is asked.
+    """
+    return replace(grouped, negatives=_negatives(context, grouped, earlier))
 
 
-def _negatives(context: Context, grouped: Grouped) -> Stage:
+def _negatives(context: Context, grouped: Grouped, earlier: Stage | None) -> Stage:
     lists = grouped.groups.read("groups.parquet", ["passage_ids"]).column("passage_ids").to_pylist()
     negatives = {passage for row in lists for passage in row[1:]}
-    own = _written(grouped)
+    own = _first_of_each(queries_table(grouped.queries))
+    if earlier is not None:
+        own = _first_of_each(earlier.read("queries.parquet")) | own
     missing = negatives - own.keys()
     replies = None
-    if context.config.llm.model and missing:
+    if earlier is None and context.config.llm.model and missing:
         replies = generate.run_for(context, f"negatives of {grouped.name}", grouped.corpus, missing, KIND)
     identity = {
         "version": VERSION,
@@ -44,6 +51,7 @@ def _negatives(context: Context, grouped: Grouped) -> Stage:
         "queries": grouped.queries.content(),
         "replies": reading(context, replies),
         "extractive": EXTRACTIVE_VERSION,
+        **({"earlier": earlier.content()} if earlier else {}),
     }
     target = stage(context.store, "negatives", identity)
     if not context.start(target, f"queries for {len(negatives):,} negatives of '{grouped.name}'"):
@@ -70,9 +78,9 @@ def _negatives(context: Context, grouped: Grouped) -> Stage:
     return target
 
 
-def _written(grouped: Grouped) -> dict[str, dict[str, object]]:
+def _first_of_each(queries: pa.Table) -> dict[str, dict[str, object]]:
     """The first query, in the order of kinds, that was written for each passage."""
-    rows = [row for row in queries_table(grouped.queries).to_pylist() if row["passage_id"]]
+    rows = [row for row in queries.to_pylist() if row["passage_id"]]
     rows.sort(key=lambda row: (_ORDER.get(row["kind"], len(_ORDER)), row["query_id"]))
     found: dict[str, dict[str, object]] = {}
     for row in rows:

@@ -53,14 +53,15 @@ class Pairs:
     ]  # of each query: part and row of the queries table; empty where there is none
 
 
-def run(context: Context, ranked: Ranked, depth: int) -> Stage:
-    """Lay out the pools of all queries."""
+def run(context: Context, ranked: Ranked, depth: int, groups: Stage | None = None) -> Stage:
+    """Lay out the pools of all queries; groups: of those alone that have a training list in this stage."""
     identity = {
         "version": VERSION,
         "corpus": ranked.corpus.content(),
         "queries": ranked.queries.content(),
         "retrieved": ranked.retrieved.content(),
         "depth": depth,
+        **({"groups": groups.content()} if groups else {}),
     }
     target = stage(context.store, "pool", identity)
     label = f"pairs of '{ranked.name}'"
@@ -70,7 +71,7 @@ def run(context: Context, ranked: Ranked, depth: int) -> Stage:
     each = max(1, PAIRS * query_parts // max(1, depth * int(ranked.queries.manifest()["rows"])))
     files = [list(range(at, min(at + each, query_parts))) for at in range(0, query_parts, each)]
     names = [part_name("pairs", number, "parquet") for number in range(len(files))]
-    arguments: dict[str, Any] = {"ranked": ranked, "depth": depth, "target": target}
+    arguments: dict[str, Any] = {"ranked": ranked, "depth": depth, "target": target, "groups": groups}
     if target.missing([_INDEX]):
         _write_index(ranked.corpus, target)
     missing = set(target.missing(names))
@@ -89,6 +90,15 @@ def head(retrieved: Stage, number: int, depth: int) -> pa.Table:
     table = retrieved.read(part_name("run", number, "parquet"))
     keep = pc.and_(pc.equal(table.column("retriever"), FUSED), pc.less_equal(table.column("rank"), depth))
     return table.filter(keep).select(["query_id", "passage_id"])
+
+
+def of_lists(pairs: pa.Table, groups: Stage | None) -> pa.Table:
+    """The pairs of queries that have a training list in this stage; None: all."""
+    if groups is None:
+        return pairs
+    lists = groups.read("groups.parquet", ["query_id", "split"])
+    trained = lists.filter(pc.equal(lists.column("split"), "train")).column("query_id")
+    return pairs.filter(pc.is_in(pairs.column("query_id"), value_set=trained))
 
 
 def read(pool: Stage, corpus: Stage, number: int) -> Pairs:
@@ -153,9 +163,9 @@ def _open(target: Stage, name: str) -> Any:
 class _Layer:
     """Writes one file of pairs out of some parts of the rankings."""
 
-    def __init__(self, ranked: Ranked, depth: int, target: Stage) -> None:
+    def __init__(self, ranked: Ranked, depth: int, target: Stage, groups: Stage | None) -> None:
         self.queries, self.retrieved = ranked.queries, ranked.retrieved
-        self.depth, self.target = depth, target
+        self.depth, self.target, self.groups = depth, target, groups
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         table = pa.concat_tables([self._pairs(number) for number in part["queries"]])
@@ -167,7 +177,7 @@ class _Layer:
         return {}
 
     def _pairs(self, number: int) -> pa.Table:
-        table = head(self.retrieved, number, self.depth)
+        table = of_lists(head(self.retrieved, number, self.depth), self.groups)
         ids, texts = part_texts(self.queries, number, "query")
         rows = pc.index_in(table.column("query_id"), pa.array(ids, pa.string())).combine_chunks()
         position, buckets = buckets_of(self.target, table.column("passage_id").to_pylist())

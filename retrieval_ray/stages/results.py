@@ -42,12 +42,13 @@ class Outcome:
         return {name: round(value, 3) for name, value in found.items()}
 
 
-def write(context: Context, outcomes: list[Outcome], trained: Stage | None) -> Location:
-    """Write everything; returns where metrics.json lies."""
+def write(context: Context, outcomes: list[Outcome], rounds: list[Stage]) -> Location:
+    """Write everything; returns where metrics.json lies. rounds: of training, the last one's model counts."""
+    trained = rounds[-1] if rounds else None
     output = Location.of(context.config.output_dir)
     (output / "metrics.json").remove()  # it is written last: until then nothing here counts as finished
     adapted = trained is not None and int(trained.manifest()["epoch"]) > 0
-    documents = [_metrics(context, outcome, trained, adapted) for outcome in outcomes]
+    documents = [_metrics(context, outcome, rounds, adapted) for outcome in outcomes]
     document = dict(documents[0])
     if len(documents) > 1:
         document["datasets"] = {d["dataset"]: d for d in documents}
@@ -74,6 +75,7 @@ def write(context: Context, outcomes: list[Outcome], trained: Stage | None) -> L
         ],
         fit=(trained.folder / "fit.json").read_json() if trained else None,
         training=trained.manifest() if trained else None,
+        rounds=len(rounds),
     )
     (output / "report.html").write(page.encode())
     (output / "metrics.json").write_json(document)
@@ -97,7 +99,7 @@ def _systems(values: Measures, adapted: bool) -> Measures:
     return found
 
 
-def _metrics(context: Context, outcome: Outcome, trained: Stage | None, adapted: bool) -> dict[str, Any]:
+def _metrics(context: Context, outcome: Outcome, rounds: list[Stage], adapted: bool) -> dict[str, Any]:
     systems = _systems(values_of(outcome.evaluated), adapted)
     queries = sorted(systems["base"])
     differences = {
@@ -123,8 +125,9 @@ def _metrics(context: Context, outcome: Outcome, trained: Stage | None, adapted:
         "gate": groups["gate"],
         "queries": {"kept": groups["kept"], "rejected": dict(sorted(rejected.items()))},
         "exclude_same_id": context.config.evaluate.exclude_same_id,
-        "training": _training(trained),
-        "seconds": outcome.seconds() | ({"train": trained.manifest()["seconds"]} if trained else {}),
+        "training": _training(rounds),
+        "seconds": outcome.seconds()
+        | ({"train": sum(each.manifest()["seconds"] for each in rounds)} if rounds else {}),
     }
 
 
@@ -132,12 +135,15 @@ def _difference(d: Difference) -> dict[str, Any]:
     return {"mean": d.mean, "ci95": [d.low, d.high], "p": d.p}
 
 
-def _training(trained: Stage | None) -> dict[str, Any] | None:
-    if trained is None:
+def _training(rounds: list[Stage]) -> dict[str, Any] | None:
+    if not rounds:
         return None
-    manifest = trained.manifest()
-    keys = ("epoch", "candidate_epoch", "temperatures", "batch_queries", "queries")
-    return {key: manifest[key] for key in keys} | {"skipped_steps": len(manifest["skipped"])}
+    manifest = rounds[-1].manifest()
+    keys = ("epoch", "candidate_epoch", "temperatures", "batch_queries", "queries", "refreshes")
+    return {key: manifest[key] for key in keys} | {
+        "skipped_steps": len(manifest["skipped"]),
+        "rounds": len(rounds),
+    }
 
 
 def _write_models(

@@ -36,15 +36,29 @@ FUSED = "fused"
 _PART_ROWS = 512  # about as many queries as a part holds
 
 
-def run(context: Context, encoded: Encoded, retrievers: Sequence[str], note: str = "") -> Ranked:
-    """Rank the corpus for every query by each retriever."""
-    retrieved = _retrieve(context, encoded, retrievers, f"retrieval on '{encoded.name}'{note}")
+def run(
+    context: Context,
+    encoded: Encoded,
+    retrievers: Sequence[str],
+    note: str = "",
+    *,
+    others: Stage | None = None,
+) -> Ranked:
+    """Rank the corpus for every query by each retriever.
+
+    others: an earlier retrieve stage of the same corpus and queries; every ranking but the student's is
+    taken from there.
+    """
+    retrieved = _retrieve(context, encoded, retrievers, f"retrieval on '{encoded.name}'{note}", others)
     return extend(encoded, Ranked, retrievers=tuple(retrievers), retrieved=retrieved)
 
 
-def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], label: str) -> Stage:
+def _retrieve(
+    context: Context, encoded: Encoded, retrievers: Sequence[str], label: str, others: Stage | None
+) -> Stage:
     config = context.config
-    dense = {name: _vectors(encoded, name) for name in retrievers if name != "bm25"}
+    searched = list(retrievers) if others is None else ["dense"]
+    dense = {name: _vectors(encoded, name) for name in searched if name != "bm25"}
     made = {name: index.run(context, dense[name][0], f"{label}: {name}") for name in dense}
     indexes = {name: built for name, built in made.items() if built is not None}
     identity = {
@@ -58,6 +72,7 @@ def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], lab
         "depth": config.retrieve.depth,
         "rrf_k": config.retrieve.rrf_k,
         "exclude_same_id": config.evaluate.exclude_same_id,
+        **({"others": others.content()} if others else {}),
     }
     target = stage(context.store, "retrieve", identity)
     if not context.start(target, label):
@@ -70,7 +85,7 @@ def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], lab
     depth = _search_depth(encoded.corpus, config.retrieve.depth)
     checked = _checked(encoded.queries) if indexes else []
     if missing:
-        units = _units(context, retrievers, len(shards), missing)
+        units = _units(context, searched, len(shards), missing)
         units += [
             {"retriever": name, "shard": shard, "queries": checked, "check": True}
             for name in indexes
@@ -105,6 +120,7 @@ def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], lab
             "exclude_same_id": config.evaluate.exclude_same_id,
             "retrievers": list(retrievers),
             "shards": len(shards),
+            "others": others,
         },
         [{"number": number} for number in missing],
         gpus=False,
@@ -226,9 +242,10 @@ class _Merger:
         exclude_same_id: bool,
         retrievers: list[str],
         shards: int,
+        others: Stage | None,
     ) -> None:
         self.queries, self.target, self.depth, self.rrf_k = encoded.queries, target, depth, rrf_k
-        self.retrievers, self.shards = retrievers, shards
+        self.retrievers, self.shards, self.others = retrievers, shards, others
         self.same_id = exclude_same_id
         self.duplicates = duplicates(encoded.corpus)
         self.search_depth = _search_depth(encoded.corpus, depth)
@@ -241,9 +258,7 @@ class _Merger:
         )
         by_retriever: dict[str, dict[str, Ranking]] = {}
         for retriever in self.retrievers:
-            shards = 1 if retriever == "bm25" else self.shards
-            partial = [partial_name(retriever, shard, number) for shard in range(shards)]
-            found = _merged(self.target, partial, self.search_depth)
+            found = self._found(retriever, number)
             by_retriever[retriever] = {
                 query_id: self._cleaned(query_id, split, found[query_id])
                 for query_id, split in splits.items()
@@ -262,6 +277,16 @@ class _Merger:
         tables = [run_table(rankings, retriever) for retriever, rankings in by_retriever.items()]
         self.target.write(part_name("run", number, "parquet"), pa.concat_tables(tables))
         return {"queries": len(splits)}
+
+    def _found(self, retriever: str, number: int) -> dict[str, Ranking]:
+        """The rankings of a part of queries, merged over shards."""
+        if self.others is not None and retriever != "dense":
+            table = self.others.read(part_name("run", number, "parquet"))
+            own = table.filter(pa.compute.equal(table.column("retriever"), retriever))
+            return defaultdict(list, _rankings(own))
+        shards = 1 if retriever == "bm25" else self.shards
+        partial = [partial_name(retriever, shard, number) for shard in range(shards)]
+        return _merged(self.target, partial, self.search_depth)
 
     def _cleaned(self, query_id: str, split: str, ranking: Ranking) -> Ranking:
         """Training never sees duplicates; no query finds the passage with its own id."""

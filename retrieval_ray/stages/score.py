@@ -34,12 +34,16 @@ from retrieval_ray.teachers.pairs import judge as judge_pairs
 VERSION = 2
 
 
-def run(context: Context, ranked: Ranked, judges: list[Judge]) -> Judged:
-    """Have every teacher judge the pools: one score stage per teacher, by its name."""
-    return extend(ranked, Judged, scores={judge.name: _judged(context, judge, ranked) for judge in judges})
+def run(context: Context, ranked: Ranked, judges: list[Judge], groups: Stage | None = None) -> Judged:
+    """Have every teacher judge the pools: one score stage per teacher, by its name.
+
+    groups: only the pools of queries that have a training list in this stage.
+    """
+    scores = {judge.name: _judged(context, judge, ranked, groups) for judge in judges}
+    return extend(ranked, Judged, scores=scores)
 
 
-def _judged(context: Context, judge: Judge, ranked: Ranked) -> Stage:
+def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None) -> Stage:
     label = f"teacher on '{ranked.name}': {judge.name}"
     depth = context.config.teacher.depth
     teacher = teacher_id(context, judge, ranked.corpus)
@@ -48,22 +52,25 @@ def _judged(context: Context, judge: Judge, ranked: Ranked) -> Stage:
         "teacher": teacher,
         "retrieved": ranked.retrieved.content(),
         "depth": depth,
+        **({"groups": groups.content()} if groups else {}),
         "profile": context.profile.numeric(),
     }
     target = stage(context.store, f"score-{judge.kind}", identity)
     if not context.start(target, label):
         return target
     if judge.kind == "bm25":
-        arguments = {"teacher_id": teacher, "ranked": ranked, "depth": depth, "target": target}
+        arguments = {
+            "teacher_id": teacher, "ranked": ranked, "depth": depth, "target": target, "groups": groups
+        }  # fmt: skip
         parts = int(ranked.queries.manifest()["buckets"])
         return score_parts(context, label, Bm25Scorer, arguments, target, teacher, parts)
-    pairs = pool.run(context, ranked, depth)
+    pairs = pool.run(context, ranked, depth, groups)
     parts = int(ranked.corpus.manifest()["buckets"])
     if judge.kind == "dense":
         arguments = {"teacher_id": teacher, "ranked": ranked, "pairs": pairs, "target": target}
         return score_parts(context, label, DenseScorer, arguments, target, teacher, parts)
     if judge.kind == "listwise":
-        lists = PooledByQuery(ranked, pairs, depth)
+        lists = PooledByQuery(ranked, pairs, depth, groups)
         parts = int(ranked.queries.manifest()["buckets"])
         return score_with_model(context, label, judge, teacher, lists, target, parts)
     tokens = query_tokens.run(context, judge, ranked.queries) if judge.kind == "late" else None

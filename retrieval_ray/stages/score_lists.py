@@ -33,11 +33,12 @@ class PooledByQuery:
     ranked: Ranked
     pool: Stage
     depth: int
+    groups: Stage | None = None  # as in pool.run
 
     def read(self, number: int) -> Pairs:
         """Pairs of part ``number`` of the queries. Of the corpus only parts that hold some are opened."""
         queries = dict(zip(*part_texts(self.ranked.queries, number, "query"), strict=True))
-        table = pool.head(self.ranked.retrieved, number, self.depth)
+        table = pool.of_lists(pool.head(self.ranked.retrieved, number, self.depth), self.groups)
         query_ids, passage_ids = (table.column(c).to_pylist() for c in ("query_id", "passage_id"))
         wanted = set(passage_ids)
         _, buckets = pool.buckets_of(self.pool, sorted(wanted))

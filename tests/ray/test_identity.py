@@ -232,7 +232,7 @@ def compute(**values: Any) -> Change:
 
 def trained(run: Context, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(Context, "start", lambda *_: False)
-    return train.run(run, []).fingerprint
+    return train.run(run, [], []).fingerprint
 
 
 def test_training_is_named_after_its_workers_unless_they_may_come_and_go(
@@ -302,7 +302,7 @@ def test_training_is_named_after_the_queries_of_negatives_where_clp_reads_them(
             negatives,
         )
         run = train_settings(terms=TermsConfig(clp=clp))(context)
-        return train.run(run, [grouped]).fingerprint
+        return train.run(run, [grouped], []).fingerprint
 
     one, two = done("negatives"), done("negatives", other=True)
     assert name_of(one, 0.1) != name_of(two, 0.1)

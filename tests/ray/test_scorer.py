@@ -195,7 +195,7 @@ def laid_out(ranked: Ranked, store: Path, depth: int, files: list[list[int]]) ->
     target = stage(Location.of(str(store)), "pool", {"files": files})
     pool._write_index(ranked.corpus, target)
     for number, parts in enumerate(files):
-        pool._Layer(ranked, depth, target).run({"number": number, "queries": parts})
+        pool._Layer(ranked, depth, target, None).run({"number": number, "queries": parts})
     target.finish(["index.arrow", *(part_name("pairs", n, "parquet") for n in range(len(files)))])
     return target
 

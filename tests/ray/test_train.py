@@ -11,7 +11,7 @@ from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, stage
 from retrieval_ray.config import Config, DatasetConfig
 from retrieval_ray.sources import Source
-from retrieval_ray.stages import ingest, train
+from retrieval_ray.stages import ingest, lists, train, trainer
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.profile import Profile
 from retrieval_ray.stages.queries import query_row
@@ -21,14 +21,14 @@ from retrieval_ray.step import Lists
 def test_a_preemption_notice_is_passed_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
     told = iter([None, None, object(), object()])
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(told))
-    notice = train._preemption_notice()
+    notice = trainer._preemption_notice()
     assert [notice() for _ in range(5)] == [False, False, True, False, False]
     assert next(told) is not None  # not asked again: each asking is a barrier
 
 
 def test_a_ray_without_notices_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ray.train, "get_preemption_info", raising=False)
-    assert train._preemption_notice()() is False
+    assert trainer._preemption_notice()() is False
 
 
 def _lists(size: int) -> Lists:
@@ -76,9 +76,9 @@ def test_negatives_are_told_the_queries_that_they_answer(tmp_path: Path) -> None
     groups.write("groups.parquet", schema.from_rows("groups", rows))
     written = [query_row(f"q-{p}", f"what is {p}?", "span", "negative", p, "us") for p in ("p1", "p2", "p4")]
     negatives.write("queries.parquet", schema.from_rows("queries", written))
-    found = train._lists(groups, "train", negatives)
+    found = lists.lists_of(groups, "train", negatives)
     assert found.negative_query_ids == [["q-p2", None], ["q-p1", "q-p4"]]
-    assert train._lists(groups, "train").negative_query_ids is None
+    assert lists.lists_of(groups, "train").negative_query_ids is None
 
     queries = stage(store, "queries", {})
     queries.write("queries-00000.parquet", schema.from_rows("queries", [
@@ -94,6 +94,6 @@ def test_negatives_are_told_the_queries_that_they_answer(tmp_path: Path) -> None
     grouped = SimpleNamespace(
         name="c", corpus=corpus, queries=queries, retrieved=None, groups=groups, negatives=negatives
     )
-    data = train._data(grouped, 10)  # type: ignore[arg-type]
+    data = lists.data_of(grouped, 10)  # type: ignore[arg-type]
     assert data.queries == {"a": "an a", **{f"q-{p}": f"what is {p}?" for p in ("p1", "p2", "p4")}}
     assert data.train.negative_query_ids == found.negative_query_ids and data.dev.negative_query_ids is None

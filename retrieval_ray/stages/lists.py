@@ -1,0 +1,91 @@
+"""Training lists as the training loop takes them, and the texts behind them, out of the stages' tables."""
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from retrieval_ray import schema
+from retrieval_ray.artifacts import Stage
+from retrieval_ray.fit import CorpusData
+from retrieval_ray.losses import calibrate_temperature
+from retrieval_ray.stages.collection import Grouped
+from retrieval_ray.stages.encode import Vectors
+from retrieval_ray.stages.ingest import texts_by_id
+from retrieval_ray.stages.queries import qrels_of, queries_table
+from retrieval_ray.stages.retrieve import FUSED, rankings_of
+from retrieval_ray.step import Lists
+
+
+def lists_of(groups: Stage, split: str, negatives: Stage | None = None) -> Lists:
+    """negatives: gives the queries that the lists' negatives answer."""
+    table = schema.check(groups.read("groups.parquet"), "groups", groups.folder.path)
+    table = table.filter(pa.compute.equal(table.column("split"), split))
+    passages = table.column("passage_ids").to_pylist()
+    shortest = min(map(len, passages), default=0)  # dev lists may be whole pools of unequal length
+    own = None
+    if negatives is not None:
+        queries = written(negatives)
+        of = dict(
+            zip(*(queries.column(name).to_pylist() for name in ("passage_id", "query_id")), strict=True)
+        )
+        own = [[of.get(passage) for passage in row[1:shortest]] for row in passages]
+    return Lists(
+        query_ids=table.column("query_id").to_pylist(),
+        passage_ids=[row[:shortest] for row in passages],
+        teacher_BK=np.array(
+            [row[:shortest] for row in table.column("teacher_scores").to_pylist()], dtype=np.float64
+        ),
+        excluded_ids=table.column("excluded_ids").to_pylist(),
+        negative_query_ids=own,
+    )
+
+
+def written(negatives: Stage) -> pa.Table:
+    return schema.check(negatives.read("queries.parquet"), "queries", negatives.folder.path)
+
+
+def data_of(corpus: Grouped, depth: int) -> CorpusData:
+    """Read on every worker: only ids travel, texts are looked up."""
+    queries = queries_table(corpus.queries)
+    if corpus.negatives is not None:  # some stand in both, with the same text
+        queries = pa.concat_tables([queries, written(corpus.negatives)])
+    qrels = qrels_of(corpus.queries, "dev")
+    fused = rankings_of(corpus.retrieved, FUSED) if qrels else {}
+    return CorpusData(
+        name=corpus.name,
+        train=lists_of(corpus.groups, "train", corpus.negatives),
+        dev=lists_of(corpus.groups, "dev"),
+        passages=texts_by_id(corpus.corpus),
+        queries=dict(
+            zip(
+                queries.column("query_id").to_pylist(),
+                queries.column("text").to_pylist(),
+                strict=True,
+            )
+        ),
+        dev_qrels=qrels,
+        dev_pools={q: [p for p, _ in fused.get(q, [])[:depth]] for q in qrels},
+    )
+
+
+def calibrated(corpora: list[Grouped], lists: list[Lists], teacher_temperature: float) -> float:
+    """The temperature that brings the untouched student nearest to the teacher, on training lists.
+
+    Its cosines are at hand: the encode stages hold every vector.
+    """
+    student, teacher = [], []
+    for corpus, part in zip(corpora, lists, strict=True):
+        if not len(part.query_ids):
+            continue
+        ids = sorted({passage for row in part.passage_ids for passage in row})
+        passages_ND = Vectors.all(corpus.passages).of(ids)
+        queries_QD = Vectors.all(corpus.query_vectors).of(part.query_ids)
+        at = {key: n for n, key in enumerate(ids)}
+        for query_D, row in zip(queries_QD, part.passage_ids, strict=True):
+            student.append(passages_ND[[at[p] for p in row]].astype(np.float64) @ query_D.astype(np.float64))
+        teacher.append(part.teacher_BK)
+    return calibrate_temperature(
+        torch.from_numpy(np.stack(student)),
+        torch.from_numpy(np.concatenate(teacher)),
+        teacher_temperature=teacher_temperature,
+    )

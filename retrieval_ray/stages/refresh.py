@@ -1,0 +1,169 @@
+"""Fresh negatives: training lists made anew from what the student retrieves by now (ANCE, arXiv 2007.00808).
+
+A refresh encodes and searches the corpus with the student as it was at some step and has the teacher judge
+the pairs that it has not judged yet. The queries, their order, the dev lists and every normalisation of
+scores stay those of the first lists, so that only the passages of the training lists change.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from retrieval_ray import groups, schema
+from retrieval_ray.artifacts import Stage, stage
+from retrieval_ray.config import TrainConfig
+from retrieval_ray.gate import JudgedPool
+from retrieval_ray.model_files import Model
+from retrieval_ray.progress import say
+from retrieval_ray.stages import encode, negatives, retrieve, score
+from retrieval_ray.stages.collection import Grouped, Judged, Ranked, extend
+from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.group import judged_pools, margins_of, measured_by_similarity, row_of
+from retrieval_ray.stages.judges import Judge
+from retrieval_ray.stages.queries import queries_table
+from retrieval_ray.stages.retrieve import rankings_of
+
+VERSION = 1
+_FACTS = ("rows", "renewed", "new_negatives", "kept", "judged", "from_cache", "seconds")
+
+
+def wanted(train: TrainConfig) -> bool:
+    """Whether the config asks for fresh negatives."""
+    return train.refresh_steps is not None or train.refresh_epochs is not None
+
+
+def steps_between(train: TrainConfig, per_epoch: int) -> int | None:
+    """N, the steps from one refresh to the next; None: the first lists stay."""
+    if train.refresh_epochs is not None:
+        return max(1, round(train.refresh_epochs * per_epoch))
+    return train.refresh_steps
+
+
+def read_of(first: Grouped) -> list[str]:
+    """What decides the refreshes of a corpus beside the student's weights."""
+    return [stage.fingerprint for stage in (first.groups, first.retrieved, *first.scores.values())]
+
+
+def run(
+    context: Context, corpora: list[Grouped], judges: list[Judge], student: Model, step: int
+) -> list[Grouped]:
+    """The corpora with training lists that this student's retrieval gives; step: when it was so."""
+    note = f", negatives as of step {step}"
+    return [_renewed(context, first, judges, student, note) for first in corpora]
+
+
+def facts(corpora: list[Grouped]) -> dict[str, dict[str, Any]]:
+    """By corpus: how many lists were renewed, the share of negatives that are new, what was judged."""
+    found = {}
+    for corpus in corpora:
+        manifest = corpus.groups.manifest()
+        found[corpus.name] = {key: manifest[key] for key in _FACTS}
+    return found
+
+
+def _renewed(context: Context, first: Grouped, judges: list[Judge], student: Model, note: str) -> Grouped:
+    identity = {
+        "version": VERSION,
+        "first": [first.groups.content(), *read_of(first)],
+        "student": student.sha,
+        "profile": context.profile.numeric(),
+    }
+    target = stage(context.store, "refresh", identity)
+    fresh = replace(first, groups=target)
+    if context.start(target, f"lists of '{first.name}'{note}"):
+        _mine(context, first, judges, student, note, target)
+    if first.negatives is None:
+        return fresh
+    return negatives.run(context, fresh, earlier=first.negatives)
+
+
+def _mine(
+    context: Context, first: Grouped, judges: list[Judge], student: Model, note: str, target: Stage
+) -> None:
+    """Write the lists that this student's retrieval gives."""
+    now = context.with_student(student)
+    encoded = encode.run(now, first, note)
+    ranked = retrieve.run(now, encoded, first.retrievers, note, others=first.retrieved)
+    # The teachers are those of the first round, also where one is the student of then.
+    judged = score.run(context, extend(first, Ranked, retrieved=ranked.retrieved), judges, first.groups)
+    renewed = _Renewal(context, first, judged)
+    rows, kept, shares = [], Counter[str](), []
+    for row in first.groups.read("groups.parquet").to_pylist():
+        made = renewed.of(row) if row["split"] == "train" else None
+        if isinstance(made, groups.Group):
+            shares.append(len(set(made.passage_ids) - set(row["passage_ids"])) / (len(made.passage_ids) - 1))
+            row = row_of(first.name, made, "train")
+        elif made is not None:
+            kept[made[0]] += 1
+        rows.append(row)
+    target.write("groups.parquet", schema.from_rows("groups", rows))
+    scored = [each.manifest() for each in judged.scores.values()]
+    context.finish(
+        target,
+        ["groups.parquet"],
+        rows=len(rows),
+        renewed=len(shares),
+        kept=dict(kept),
+        new_negatives=round(float(np.mean(shares)), 4) if shares else None,
+        judged=sum(each["rows_this_run"] for each in scored),
+        from_cache=sum(each.get("from_cache", 0) for each in scored),
+    )
+    found = target.manifest()
+    say(
+        f"  {found['renewed']:,} lists renewed, {sum(kept.values()):,} kept; "
+        f"{found['new_negatives'] or 0:.0%} of their negatives are new; {found['judged']:,} pairs judged, "
+        f"{found['from_cache']:,} known"
+    )
+    encoded.passages.folder.remove()  # as large as the corpus, and never read again
+
+
+class _Renewal:
+    """Makes training lists anew out of the pools of ``judged``, on the scales of the first ones."""
+
+    def __init__(self, context: Context, first: Grouped, judged: Judged) -> None:
+        self.config, self.margins = context.config.groups, margins_of(context)
+        depth = context.config.teacher.depth
+        self.before, self.pools = judged_pools(first, depth), judged_pools(judged, depth)
+        by_similarity = measured_by_similarity(context)
+        self.similar = rankings_of(judged.retrieved, "dense") if by_similarity else None
+        manifest = first.groups.manifest()
+        self.weights: dict[str, float] = manifest["gate"]["weights"]
+        self.scales = {kind: groups.Scale(**values) for kind, values in manifest["scales"].items()}
+        table = queries_table(first.queries)
+        columns = (table.column(name).to_pylist() for name in ("query_id", "passage_id"))
+        self.sources = dict(zip(*columns, strict=True))
+
+    def of(self, row: dict[str, Any]) -> groups.Group | tuple[str, str]:
+        """The new list of a row of the groups table, or (reason, detail) why the old one is kept."""
+        key = row["query_id"]
+        if key not in self.pools:
+            return "nothing_retrieved", ""
+        first = self.before[key]
+        held = with_passage(self.pools[key], row["positive_id"], first)
+        if len(held.passage_ids) < self.config.list_size:
+            return "short_list", f"{len(held.passage_ids)} passages"
+        scores_N = groups.combine(held.teachers, self.weights, first.teachers)
+        pool = groups.Pool(key, row["kind"], self.sources[key], held.passage_ids, scores_N)
+        if self.similar is not None:
+            pool = groups.with_similarities(pool, self.similar.get(key, []))
+        return groups.build(
+            pool,
+            self.scales[row["kind"]],
+            list_size=self.config.list_size,
+            false_negative_ratio=self.config.false_negative_ratio,
+            negatives=self.config.negatives,
+            margins=self.margins,
+        )
+
+
+def with_passage(pool: JudgedPool, passage_id: str, first: JudgedPool) -> JudgedPool:
+    """The pool with this passage at its end, scored as in the first pool, where it lacks it."""
+    if passage_id in pool.passage_ids:
+        return pool
+    at = list(first.passage_ids).index(passage_id)
+    return JudgedPool(
+        [*pool.passage_ids, passage_id],
+        {name: np.append(scores_N, first.teachers[name][at]) for name, scores_N in pool.teachers.items()},
+    )

@@ -1,0 +1,273 @@
+"""Runs ``fit`` on the workers of a Ray ``TorchTrainer``, to a pause or to the end."""
+
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.torch import TorchTrainer
+
+from retrieval_ray.artifacts import Location
+from retrieval_ray.checkpoints import load_weights, newest
+from retrieval_ray.config import MoeConfig
+from retrieval_ray.experts import prepare
+from retrieval_ray.fit import Settings, fit
+from retrieval_ray.lora import add_lora
+from retrieval_ray.model_files import Model, weights_sha
+from retrieval_ray.moe import Layout
+from retrieval_ray.progress import progress, say
+from retrieval_ray.sharding import shard
+from retrieval_ray.stages.collection import Grouped
+from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.encode import student_arguments
+from retrieval_ray.stages.lists import data_of
+from retrieval_ray.student import Student
+
+_FACTS = "fit.json"
+_FAILURES, _ELASTIC_FAILURES = 2, 20  # of workers; machines that announce their going are not counted
+
+
+def advance(
+    context: Context,
+    corpora: list[Grouped],
+    settings: Settings,
+    folder: Location,
+    bar: Any,
+    until: int | None,
+) -> bool:
+    """Train from the folder's checkpoint to step ``until``, None: to the end; returns whether it ended.
+
+    At the end ``candidate/`` and, last, ``fit.json`` are in the folder; at a pause the student as it is
+    then, for ``snapshot``. What is there already is not done again.
+    """
+    paused = until is not None and (folder / _snapshot_facts(until)).exists()
+    if not paused and not (folder / _FACTS).exists():
+        _trainer(context, corpora, settings, folder, bar, until).fit()
+    return (folder / _FACTS).exists()
+
+
+def facts_of(folder: Location) -> dict[str, Any]:
+    """What ``fit`` found, of a training that ended."""
+    facts: dict[str, Any] = (folder / _FACTS).read_json()
+    return facts
+
+
+def snapshot(folder: Location, step: int) -> Model:
+    """The student as it was when training paused at this step."""
+    return Model(folder / _snapshot_name(step), (folder / _snapshot_facts(step)).read_json()["sha"])
+
+
+def remove_traces(folder: Location) -> None:
+    """Delete what only an unfinished training needs."""
+    for name in folder.names():
+        if name.startswith(("checkpoint-", "best.", "ray", "snapshot-")):
+            (folder / name).remove()
+
+
+def lora_of(context: Context) -> dict[str, Any] | None:
+    """What ``add_lora`` takes beside the student."""
+    lora = context.config.student.lora
+    return None if lora.r is None else {**vars(lora), "seed": context.config.seed}
+
+
+def _snapshot_name(step: int) -> str:
+    return f"snapshot-{step:08d}"
+
+
+def _snapshot_facts(step: int) -> str:
+    """Written last: a snapshot without it is not whole."""
+    return f"snapshot-{step:08d}.json"
+
+
+def _trainer(
+    context: Context,
+    corpora: list[Grouped],
+    settings: Settings,
+    folder: Location,
+    bar: Any,
+    until: int | None,
+) -> TorchTrainer:
+    compute = context.config.compute
+    resources: dict[str, float] = {"CPU": compute.cpus_per_worker}
+    gpus = context.worker_resources()["num_gpus"]
+    if gpus:
+        resources["GPU"] = gpus
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "corpora": corpora,
+            "settings": settings,
+            "student": student_arguments(context),
+            "lora": lora_of(context),
+            "shard": context.config.train.shard,
+            "layout": _layout(context.config.train.moe),
+            "only_experts": context.config.train.moe.train == "experts",
+            "threads": context.profile.threads,
+            "folder": folder,
+            "until": until,
+            "depth": context.config.teacher.depth,
+            "bar": bar,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=compute.workers
+            if compute.min_workers is None
+            else (compute.min_workers, compute.workers),
+            use_gpu=bool(gpus),
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray" if until is None else f"ray-{until:08d}",
+            storage_path=folder.path,
+            storage_filesystem=folder.filesystem,
+            failure_config=ray.train.FailureConfig(
+                max_failures=_FAILURES if compute.min_workers is None else _ELASTIC_FAILURES
+            ),
+        ),
+    )
+
+
+def _layout(moe: MoeConfig) -> Layout | None:
+    """The experts to add; None: none."""
+    if not moe.experts:
+        return None
+    layers = None if moe.layers is None else tuple(moe.layers)
+    return Layout(moe.experts, moe.top_k, moe.router, moe.where, layers)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """Runs on each worker of the TorchTrainer."""
+    torch.set_num_threads(config["threads"])
+    rank = ray.train.get_context().get_world_rank()
+    student, merge = _student(config)
+    if config["shard"]:
+        shard(student, ray.train.torch.get_device())
+    folder: Location = config["folder"]
+
+    def on_step(step: int, total: int, terms: Mapping[str, float]) -> None:
+        if rank == 0:
+            config["bar"].put.remote(step, f"loss {terms['loss']:.4f}")
+
+    def on_epoch(row: Mapping[str, float]) -> None:
+        if rank == 0:
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k not in ("epoch", "step"))
+            config["bar"].put.remote(int(row["step"]), "", f"  epoch {row['epoch']:.0f}: {shown}")
+        ray.train.report(dict(row))
+
+    done = fit(
+        student,
+        [data_of(corpus, config["depth"]) for corpus in config["corpora"]],
+        config["settings"],
+        folder,
+        on_step=on_step,
+        on_epoch=on_epoch,
+        should_checkpoint=_preemption_notice(),
+        until=config["until"],
+    )
+    if rank != 0:
+        return
+    if config["shard"]:
+        student, merge = _student(config)
+        weights = folder / "best.safetensors" if done.done else newest(folder)
+        if weights is not None and weights.exists():
+            load_weights(student, weights)
+    merge()
+    if not done.done:
+        sha = _save(student, folder / _snapshot_name(done.step))
+        (folder / _snapshot_facts(done.step)).write_json({"sha": sha})
+        return
+    _save(student, folder / "candidate")
+    facts = ("history", "steps", "skipped", "best_epoch", "load")
+    (folder / _FACTS).write_json({name: getattr(done, name) for name in facts})
+
+
+def _save(student: Student, target: Location) -> str:
+    """Write the student's model folder; returns the hash of its files."""
+    with tempfile.TemporaryDirectory() as local:
+        student.save(local)
+        target.remove()
+        Location.of(local).copy_to(target)
+        return weights_sha(local)
+
+
+def _student(config: Mapping[str, Any]) -> tuple[Student, Callable[[], None]]:
+    """The student to train, whole and with its experts, and the function that merges its LoRA, if any."""
+    student = Student(**config["student"] | ({"device": "cpu"} if config["shard"] else {}))
+    prepare(
+        student.model,
+        config["layout"],
+        only_experts=config["only_experts"],
+        seed=config["settings"].seed,  # every rank draws the same routers
+    )
+    if config["lora"] is None:
+        return student, lambda: None
+    return student, add_lora(student, **config["lora"])
+
+
+def _preemption_notice() -> Callable[[], bool]:
+    """True once, on all workers alike, when Ray tells of a node that is about to be taken away.
+
+    Asking is a barrier of a few milliseconds; an older Ray has nothing to ask.
+    """
+    ask = getattr(ray.train, "get_preemption_info", None)
+    told = False
+
+    def answer() -> bool:
+        nonlocal told
+        if ask is None or told:
+            return False
+        told = ask() is not None
+        return told
+
+    return answer
+
+
+@ray.remote(num_cpus=0)
+class _Bar:
+    """Carries progress from the workers to the driver."""
+
+    def __init__(self) -> None:
+        self.state: tuple[int, str] = (0, "")
+        self.lines: list[str] = []
+
+    def put(self, step: int, note: str, line: str = "") -> None:
+        self.state = (step, note)
+        if line:
+            self.lines.append(line)
+
+    def get(self) -> tuple[int, str, list[str]]:
+        lines, self.lines = self.lines, []
+        return (*self.state, lines)
+
+
+@contextmanager
+def step_bar(total: int) -> Iterator[Any]:
+    """A progress bar fed by rank 0 while ``fit`` blocks the driver."""
+    actor = _Bar.remote()  # type: ignore[attr-defined]
+    stop = threading.Event()
+    seen: dict[str, int] = defaultdict(int)
+
+    def watch() -> None:
+        with progress("training", total) as advance:
+            while not stop.wait(1.0):
+                step, note, lines = ray.get(actor.get.remote())
+                for line in lines:
+                    say(line)
+                if step != seen["step"]:
+                    seen["step"] = step
+                    advance(step, f"steps; {note}")
+        for line in ray.get(actor.get.remote())[2]:
+            say(line)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield actor
+    finally:
+        stop.set()
+        thread.join(timeout=10)

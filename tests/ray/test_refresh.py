@@ -1,0 +1,146 @@
+"""Negatives mined anew while training goes on, and rounds of the whole method, on a small collection."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from retrieval_ray.config_file import load
+from retrieval_ray.stages import job, refresh
+
+from .conftest import ROOT, job_module, small_settings
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+CONFIG = str(ROOT / "configs" / "cpu.yaml")
+EPOCHS = ["train.max_epochs=3", "train.patience=3", "train.refresh_epochs=1", "teacher.gate=false"]
+
+
+def adapt(settings: list[str]) -> dict[str, Any]:
+    context = job.open_run(load(CONFIG, settings), dry_run=False)
+    job_module("adapt").adapt(context, None)
+    metrics: dict[str, Any] = json.loads(Path(context.config.output_dir, "metrics.json").read_text())
+    return metrics
+
+
+def stages(output: Path, name: str) -> list[Path]:
+    return sorted(path.parent for path in (output / "store").glob(f"{name}-*/manifest.json"))
+
+
+def manifest(stage: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((stage / "manifest.json").read_text())
+    return facts
+
+
+@pytest.fixture(scope="module")
+def refreshed(ray_local: None, collection: Path, student_folder: str, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
+    """Three epochs; the third trains on what the student retrieved after the first."""
+    output = tmp_path_factory.mktemp("refresh") / "out"
+    adapt([*small_settings(collection, Path(student_folder), output), *EPOCHS])
+    return output
+
+
+def test_a_refresh_changes_negatives_and_nothing_else(refreshed: Path) -> None:
+    (groups,), (renewed,) = stages(refreshed, "groups"), stages(refreshed, "refresh")
+    before = pq.read_table(groups / "groups.parquet").to_pylist()
+    after = pq.read_table(renewed / "groups.parquet").to_pylist()
+    assert [(r["query_id"], r["split"], r["kind"]) for r in before] == [
+        (r["query_id"], r["split"], r["kind"]) for r in after
+    ]
+    new = common = 0
+    for old, now in zip(before, after, strict=True):
+        if old["split"] == "dev":
+            assert old == now
+            continue
+        assert len(set(now["passage_ids"])) == len(now["passage_ids"]) == len(old["passage_ids"])
+        score = dict(zip(old["passage_ids"], old["teacher_scores"], strict=True))
+        for passage, value in zip(now["passage_ids"], now["teacher_scores"], strict=True):
+            if passage in score:  # normalised as in the first round: the same score, to the last bit
+                assert value == pytest.approx(score[passage], abs=1e-12)
+                common += 1
+            else:
+                new += 1
+    facts = manifest(renewed)
+    lists = sum(row["split"] == "train" for row in before)
+    assert facts["renewed"] == lists and facts["kept"] == {}
+    assert new > 0 and common > lists  # at the least the positives stay
+    assert facts["new_negatives"] == pytest.approx(new / lists / 5, abs=1e-4)  # lists of 6
+
+
+def test_only_pairs_of_training_lists_that_are_new_are_judged(refreshed: Path) -> None:
+    (groups,), (renewed,) = stages(refreshed, "groups"), stages(refreshed, "refresh")
+    trained = {
+        row["query_id"]
+        for row in pq.read_table(groups / "groups.parquet").to_pylist()
+        if row["split"] == "train"
+    }
+    by_stage = {}
+    for stage in stages(refreshed, "score-late"):
+        rows = [row for part in sorted(stage.glob("scores-*")) for row in pq.read_table(part).to_pylist()]
+        by_stage[stage] = {(row["query_id"], row["passage_id"]): row["score"] for row in rows}
+    first, second = sorted(by_stage.values(), key=len, reverse=True)
+    assert {query for query, _ in second} == trained < {query for query, _ in first}
+    assert all(first[pair] == score for pair, score in second.items() if pair in first)
+    (facts,) = [manifest(s) for s in by_stage if by_stage[s] is second]
+    assert facts["rows_this_run"] == len(second.keys() - first.keys()) > 0
+    assert facts["from_cache"] == len(second.keys() & first.keys())
+
+
+def test_training_uses_a_refresh_from_the_step_it_is_for(refreshed: Path) -> None:
+    (trained,), (renewed,) = stages(refreshed, "train"), stages(refreshed, "refresh")
+    facts = manifest(trained)
+    steps = json.loads((trained / "fit.json").read_text())["steps"]
+    (row,) = facts["refreshes"]
+    epoch = len(steps) // 3
+    assert (row["mined_at"], row["used_from"]) == (epoch, 2 * epoch)
+    assert row["corpora"]["trade0"]["renewed"] == manifest(renewed)["renewed"]
+    assert not [p.name for p in trained.iterdir() if p.name.startswith(("snapshot", "checkpoint", "ray"))]
+    page = (refreshed / "report.html").read_text()
+    assert f"<td>{epoch}</td><td>{2 * epoch}</td><td>trade0</td>" in page
+
+
+def test_a_run_killed_while_it_mines_ends_with_the_same_model(
+    refreshed: Path, collection: Path, student_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*small_settings(collection, Path(student_folder), tmp_path / "out"), *EPOCHS]
+    with monkeypatch.context() as patched:
+        patched.setattr(refresh.score, "run", _killed)  # of the teacher in a refresh alone
+        with pytest.raises(RuntimeError, match="killed"):
+            adapt([*settings, "output_dir=" + str(tmp_path / "out")])
+    adapt(settings)
+    parts = [manifest(*stages(output, "train"))["parts"] for output in (refreshed, tmp_path / "out")]
+    assert {k: v for k, v in parts[0].items() if k.endswith(".safetensors")} == {
+        k: v for k, v in parts[1].items() if k.endswith(".safetensors")
+    }
+
+
+def _killed(*arguments: object) -> None:
+    raise RuntimeError("killed")
+
+
+def test_the_adapted_student_is_the_retriever_and_teacher_of_the_next_round(
+    ray_local: None, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    settings = small_settings(collection, Path(student_folder), output)
+    metrics = adapt([*settings, "teacher.gate=false", "train.rounds=3", "train.max_epochs=1"])
+    rounds = metrics["training"]["rounds"]
+    assert rounds >= 1  # a round that does not help ends them
+    trained = [manifest(path) for path in stages(output, "train")]
+    by_start = {facts["identity"]["student"]["sha"]: facts for facts in trained}
+    assert len(by_start) == len(trained) == min(3, rounds + 1)
+    first = next(f for f in trained if f["epoch"] and _ends(f) in by_start or len(trained) == 1)
+    assert sum(facts["epoch"] > 0 for facts in trained) == rounds
+    teachers = {manifest(path)["teacher"] for path in stages(output, "score-late")}
+    assert len(teachers) == len(trained)
+    assert first["epoch"] == 1
+    if metrics["decision"] == "adapted" and rounds > 1:
+        assert f"This is round {rounds}" in (output / "report.html").read_text()
+
+
+def _ends(facts: dict[str, Any]) -> str:
+    """The hash by which a train stage's candidate is known to the next round."""
+    from retrieval_ray.artifacts import digest
+
+    return digest({k: v for k, v in facts["parts"].items() if k.startswith("candidate/")})
