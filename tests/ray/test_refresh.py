@@ -69,7 +69,7 @@ def test_a_refresh_changes_negatives_and_nothing_else(refreshed: Path) -> None:
 
 
 def test_only_pairs_of_training_lists_that_are_new_are_judged(refreshed: Path) -> None:
-    (groups,), (renewed,) = stages(refreshed, "groups"), stages(refreshed, "refresh")
+    (groups,) = stages(refreshed, "groups")
     trained = {
         row["query_id"]
         for row in pq.read_table(groups / "groups.parquet").to_pylist()
@@ -104,19 +104,22 @@ def test_a_run_killed_while_it_mines_ends_with_the_same_model(
     refreshed: Path, collection: Path, student_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = [*small_settings(collection, Path(student_folder), tmp_path / "out"), *EPOCHS]
+    judge = refresh.score.run
+
+    def killed(context: Any, ranked: Any, judges: Any, groups: Any = None) -> Any:
+        if groups is not None:
+            raise RuntimeError("killed while it mined")
+        return judge(context, ranked, judges)
+
     with monkeypatch.context() as patched:
-        patched.setattr(refresh.score, "run", _killed)  # of the teacher in a refresh alone
-        with pytest.raises(RuntimeError, match="killed"):
-            adapt([*settings, "output_dir=" + str(tmp_path / "out")])
+        patched.setattr(refresh.score, "run", killed)
+        with pytest.raises(RuntimeError, match="killed while it mined"):
+            adapt(settings)
     adapt(settings)
     parts = [manifest(*stages(output, "train"))["parts"] for output in (refreshed, tmp_path / "out")]
     assert {k: v for k, v in parts[0].items() if k.endswith(".safetensors")} == {
         k: v for k, v in parts[1].items() if k.endswith(".safetensors")
     }
-
-
-def _killed(*arguments: object) -> None:
-    raise RuntimeError("killed")
 
 
 def test_the_adapted_student_is_the_retriever_and_teacher_of_the_next_round(
