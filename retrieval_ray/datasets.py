@@ -101,6 +101,8 @@ def read_judged(
 ) -> Judged:
     """The judged queries of a split, or of a share of one (``train:0.2``), chosen by hash of the id.
 
+    passage_ids: those of the corpus, or at least those of them that ``judged_ids`` names.
+
     Judgements that name unknown queries or passages are dropped with a warning that counts them and
     names the first few. Raises ``UserError`` when none remain, or none reaches ``relevance_threshold``.
     """
@@ -162,6 +164,11 @@ def read_judged(
         ],
     )
     return Judged({q: texts[q] for q in chosen}, qrels, warnings, rejects)
+
+
+def judged_ids(source: Source, split: str) -> set[str]:
+    """The passages that judgements of a split name, whether they are in the corpus or not."""
+    return {passage_id for _, _, passage_id, _ in source.qrels(split_spec(split)[0])}
 
 
 def read_log(source: Source, split: str, *, without: Iterable[str]) -> dict[str, str]:

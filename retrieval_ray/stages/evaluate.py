@@ -37,13 +37,13 @@ def run(context: Context, grouped: Grouped, adapted: Ranked | None) -> Stage:
     if not context.start(target, f"evaluation on '{grouped.name}'"):
         return target
     qrels = qrels_of(grouped.queries, "test")
-    runs = {"base": rankings_of(grouped.retrieved, "dense")}
+    runs = {"base": rankings_of(grouped.retrieved, "dense", qrels)}
     if "bm25" in context.config.evaluate.systems:
-        runs["bm25"] = rankings_of(grouped.retrieved, "bm25")
+        runs["bm25"] = rankings_of(grouped.retrieved, "bm25", qrels)
     if "teacher" in context.config.evaluate.systems:
         runs["teacher"] = _teacher_run(context, grouped, qrels)
     if adapted is not None:
-        runs["candidate"] = rankings_of(adapted.retrieved, "dense")
+        runs["candidate"] = rankings_of(adapted.retrieved, "dense", qrels)
     rows: list[dict[str, object]] = []
     for system, run in runs.items():
         cut = {q: run.get(q, [])[:CUT] for q in qrels}
@@ -105,12 +105,11 @@ def _teacher_run(
     depth = context.config.teacher.depth
     pools = judged_pools(grouped, depth)
     runs = {}
-    for query_id, ranking in rankings_of(grouped.retrieved, FUSED).items():
-        if query_id in qrels:
-            order = gate.rerank(pools[query_id], weights)
-            pooled = set(order)
-            order += [p for p, _ in ranking if p not in pooled]
-            runs[query_id] = [(p, float(len(order) - n)) for n, p in enumerate(order)]
+    for query_id, ranking in rankings_of(grouped.retrieved, FUSED, qrels).items():
+        order = gate.rerank(pools[query_id], weights)
+        pooled = set(order)
+        order += [p for p, _ in ranking if p not in pooled]
+        runs[query_id] = [(p, float(len(order) - n)) for n, p in enumerate(order)]
     return runs
 
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Stage, bucket_count, bucket_of, part_name, stage
 from retrieval_ray.config import DatasetConfig
-from retrieval_ray.datasets import content_of, passages_of, rejects_table, row_hash, survey
+from retrieval_ray.datasets import content_of, judged_ids, passages_of, rejects_table, row_hash, survey
 from retrieval_ray.errors import UserError
 from retrieval_ray.filters import near_duplicates
 from retrieval_ray.sorting import sort_on_disk
@@ -24,6 +24,7 @@ from retrieval_ray.sources import Source
 from retrieval_ray.stages.context import Context
 
 VERSION = 3
+Passage = tuple[str, str, str]  # passage_id, title, text
 DEDUP = "dedup"  # rejects of this stage stay in the corpus: only training leaves them out
 
 
@@ -37,30 +38,35 @@ def corpus_table(corpus: Stage) -> pa.Table:
     return schema.check(corpus.read_all("corpus-"), "corpus", corpus.folder.path)
 
 
-def texts_by_id(corpus: Stage) -> dict[str, str]:
-    """What the models read of each passage."""
+def passages(corpus: Stage, ids: Iterable[str] | None = None) -> Iterator[Passage]:
+    """All passages, or these alone, read part by part in the order of the parts."""
+    wanted = None if ids is None else pa.array(sorted(set(ids)), pa.string())
+    for name in corpus.parts():
+        if name.startswith("corpus-"):
+            table = schema.check(corpus.read(name), "corpus", corpus.folder.path)
+            if wanted is not None:
+                table = table.filter(pc.is_in(table.column("passage_id"), value_set=wanted))
+            yield from _rows(table)
+
+
+def judged_passages(corpus: Stage, source: Source, split: str) -> set[str]:
+    """Those of the corpus that judgements of a split name: what ``read_judged`` must know of it."""
+    return {key for key, _, _ in passages(corpus, judged_ids(source, split))}
+
+
+def texts_of(corpus: Stage, ids: Iterable[str]) -> dict[str, str]:
+    """What the models read of these passages."""
     titles = bool(corpus.identity["titles"])
-    return {
-        passage_id: passage_text(title, text, titles=titles)
-        for passage_id, title, text in _rows(corpus_table(corpus))
-    }
+    return {key: passage_text(title, text, titles=titles) for key, title, text in passages(corpus, ids)}
 
 
 def some_passages(corpus: Stage, ids: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Title and text of these passages alone, read part by part; no title where models read none."""
-    titles, wanted = bool(corpus.identity["titles"]), pa.array(sorted(set(ids)), pa.string())
-    found = {}
-    for name in corpus.parts():
-        if name.startswith("corpus-"):
-            table = corpus.read(name)
-            for passage_id, title, text in _rows(
-                table.filter(pc.is_in(table.column("passage_id"), value_set=wanted))
-            ):
-                found[passage_id] = (title if titles else "", text)
-    return found
+    """Title and text of these passages alone; no title where models read none."""
+    titles = bool(corpus.identity["titles"])
+    return {key: (title if titles else "", text) for key, title, text in passages(corpus, ids)}
 
 
-def _rows(table: pa.Table) -> Iterator[tuple[str, str, str]]:
+def _rows(table: pa.Table) -> Iterator[Passage]:
     return zip(*(table.column(name).to_pylist() for name in ("passage_id", "title", "text")), strict=True)
 
 
@@ -137,9 +143,8 @@ def _write_parts(target: Stage, source: Source, names: list[str], sort: Callable
             total += row_hash(passage_id, title, text)
             yield bucket_of(passage_text(title, text, titles=titles), len(names)), passage_id, title, text
 
-    by_bucket = groupby(sort(with_bucket()), key=itemgetter(0))
     filled = set()
-    for number, rows in by_bucket:
+    for number, rows in groupby(sort(with_bucket()), key=itemgetter(0)):
         target.write(names[number], _table([row[1:] for row in rows]))
         filled.add(number)
     for number in set(range(len(names))) - filled:
@@ -148,11 +153,11 @@ def _write_parts(target: Stage, source: Source, names: list[str], sort: Callable
         raise UserError(f"dataset '{source.name}': the corpus was changed while it was read; run again")
 
 
-def _table(rows: list[tuple[str, str, str]]) -> pa.Table:
+def _table(rows: list[Passage]) -> pa.Table:
     columns = zip(*rows, strict=True) if rows else ((), (), ())
     return pa.table([list(column) for column in columns], schema=schema.TABLES["corpus"])
 
 
-def _stored(target: Stage, names: list[str]) -> Iterator[tuple[str, str, str]]:
+def _stored(target: Stage, names: list[str]) -> Iterator[Passage]:
     for name in names:
         yield from _rows(target.read(name))

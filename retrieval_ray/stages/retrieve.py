@@ -5,11 +5,12 @@ one block of each (searchers.py). Partial rankings are then merged per part of q
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrieval_ray import bm25, ivf, schema
 from retrieval_ray.artifacts import Stage, part_name, stage
@@ -202,12 +203,16 @@ def _rankings(table: pa.Table) -> dict[str, Ranking]:
     return dict(found)
 
 
-def rankings_of(retrieved: Stage, retriever: str) -> dict[str, Ranking]:
-    """One retriever's rankings by query_id."""
+def rankings_of(retrieved: Stage, retriever: str, queries: Iterable[str] | None = None) -> dict[str, Ranking]:
+    """One retriever's rankings by query_id: of these queries, or of all."""
+    wanted = None if queries is None else pa.array(sorted(set(queries)), pa.string())
     parts = []
     for name in retrieved.parts():
         table = schema.check(retrieved.read(name), "run", retrieved.folder.path)
-        parts.append(table.filter(pa.compute.equal(table.column("retriever"), retriever)))
+        keep = pc.equal(table.column("retriever"), retriever)
+        if wanted is not None:
+            keep = pc.and_(keep, pc.is_in(table.column("query_id"), value_set=wanted))
+        parts.append(table.filter(keep))
     return _rankings(pa.concat_tables(parts))
 
 

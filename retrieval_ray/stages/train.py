@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from retrieval_ray.sharding import shard
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import Vectors, student_arguments, student_identity
-from retrieval_ray.stages.ingest import texts_by_id
+from retrieval_ray.stages.ingest import texts_of
 from retrieval_ray.stages.queries import qrels_of, queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.step import Lists
@@ -221,17 +222,20 @@ def _written(negatives: Stage) -> pa.Table:
 
 
 def _data(corpus: Grouped, depth: int) -> CorpusData:
-    """Read on every worker: only ids travel, texts are looked up."""
+    """Read on every worker: only ids travel, and the texts that they name are looked up."""
     queries = queries_table(corpus.queries)
     if corpus.negatives is not None:  # some stand in both, with the same text
         queries = pa.concat_tables([queries, _written(corpus.negatives)])
     qrels = qrels_of(corpus.queries, "dev")
-    fused = rankings_of(corpus.retrieved, FUSED) if qrels else {}
+    fused = rankings_of(corpus.retrieved, FUSED, qrels) if qrels else {}
+    train, dev = _lists(corpus.groups, "train", corpus.negatives), _lists(corpus.groups, "dev")
+    dev_pools = {q: [p for p, _ in fused.get(q, [])[:depth]] for q in qrels}
+    named = chain(train.passage_ids, dev.passage_ids, dev_pools.values())
     return CorpusData(
         name=corpus.name,
-        train=_lists(corpus.groups, "train", corpus.negatives),
-        dev=_lists(corpus.groups, "dev"),
-        passages=texts_by_id(corpus.corpus),
+        train=train,
+        dev=dev,
+        passages=texts_of(corpus.corpus, chain.from_iterable(named)),
         queries=dict(
             zip(
                 queries.column("query_id").to_pylist(),
@@ -240,7 +244,7 @@ def _data(corpus: Grouped, depth: int) -> CorpusData:
             )
         ),
         dev_qrels=qrels,
-        dev_pools={q: [p for p, _ in fused.get(q, [])[:depth]] for q in qrels},
+        dev_pools=dev_pools,
     )
 
 
