@@ -181,7 +181,7 @@ def _extracted(config: QueriesConfig, corpus: Stage, seed: int) -> list[Written]
     frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in passages(corpus))
     ids = corpus.read_all("corpus-", ["passage_id"]).column("passage_id")
     left_out = pa.array(sorted(duplicates(corpus)), pa.string())
-    ids = pc.array_sort(ids.filter(pc.invert(pc.is_in(ids, value_set=left_out))).combine_chunks())
+    ids = ids.filter(pc.invert(pc.is_in(ids, value_set=left_out))).sort()
     wanted = -(-config.extractive_max // config.extractive_per_passage)
     if len(ids) > wanted:
         ids = ids.take(pa.array(random.Random(seed).sample(range(len(ids)), wanted), pa.int64()))
