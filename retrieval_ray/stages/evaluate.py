@@ -10,7 +10,7 @@ from retrieval_ray.artifacts import Stage, stage
 from retrieval_ray.runs import Ranking
 from retrieval_ray.stages.collection import Grouped, Ranked
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.group import judged_pools
+from retrieval_ray.stages.judged_pools import judged_pools
 from retrieval_ray.stages.queries import qrels_of
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 
@@ -103,7 +103,7 @@ def _teacher_run(
     """
     weights = grouped.groups.manifest()["gate"]["weights"]
     depth = context.config.teacher.depth
-    pools = judged_pools(grouped, depth)
+    pools = judged_pools(grouped, depth, qrels)
     runs = {}
     for query_id, ranking in rankings_of(grouped.retrieved, FUSED, qrels).items():
         order = gate.rerank(pools[query_id], weights)

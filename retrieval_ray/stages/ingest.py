@@ -1,10 +1,7 @@
 """The corpus stage: a collection's passages -> Arrow parts by content hash, near-duplicates marked."""
 
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -104,7 +101,7 @@ def run(context: Context, dataset: DatasetConfig, source: Source) -> Stage:
         return target
     buckets = bucket_count(found.passages)
     names = [part_name("corpus", number, "arrow") for number in range(buckets)]
-    with _scratch(target) as folder:
+    with target.scratch() as folder:
         sort = partial(sort_on_disk, folder=folder)
         _write_parts(target, source, names, sort)
         dropped = near_duplicates(
@@ -120,16 +117,6 @@ def run(context: Context, dataset: DatasetConfig, source: Source) -> Stage:
         rejected=dict(Counter(rejects.column("reason").to_pylist())),
     )
     return target
-
-
-@contextmanager
-def _scratch(target: Stage) -> Iterator[str]:
-    """A folder for temporary files: beside the parts, where their disk is this machine's."""
-    beside = target.folder.path if target.folder.is_local else None
-    if beside:
-        os.makedirs(beside, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".sorting-", dir=beside) as folder:
-        yield folder
 
 
 def _write_parts(target: Stage, source: Source, names: list[str], sort: Callable[..., Iterator[Any]]) -> None:

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -152,6 +152,13 @@ def _collect(context: Context, source: Source, corpus: Stage, asked: Asked, gene
 def queries_table(queries: Stage) -> pa.Table:
     """All queries of a queries stage, in the order of its parts."""
     return schema.check(queries.read_all("queries-"), "queries", queries.folder.path)
+
+
+def query_texts(queries: Stage, ids: Iterable[str]) -> dict[str, str]:
+    """The texts of these queries."""
+    table, wanted = queries_table(queries), pa.array(sorted(set(ids)), pa.string())
+    table = table.filter(pc.is_in(table.column("query_id"), value_set=wanted))
+    return dict(zip(*(table.column(name).to_pylist() for name in ("query_id", "text")), strict=True))
 
 
 def qrels_of(queries: Stage, split: str) -> dict[str, dict[str, int]]:

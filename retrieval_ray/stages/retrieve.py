@@ -31,7 +31,7 @@ from retrieval_ray.stages.searchers import (
     run_table,
 )
 
-__all__ = ["FUSED", "bm25_of", "rankings_of", "run"]
+__all__ = ["FUSED", "bm25_of", "rankings_in", "rankings_of", "run"]
 VERSION = 3
 FUSED = "fused"
 _PART_ROWS = 512  # about as many queries as a part holds
@@ -214,6 +214,16 @@ def rankings_of(retrieved: Stage, retriever: str, queries: Iterable[str] | None 
             keep = pc.and_(keep, pc.is_in(table.column("query_id"), value_set=wanted))
         parts.append(table.filter(keep))
     return _rankings(pa.concat_tables(parts))
+
+
+def rankings_in(retrieved: Stage, number: int) -> dict[str, dict[str, Ranking]]:
+    """Every retriever's rankings by query_id, of one part of queries."""
+    name = part_name("run", number, "parquet")
+    table = schema.check(retrieved.read(name), "run", retrieved.folder.path)
+    return {
+        retriever: _rankings(table.filter(pc.equal(table.column("retriever"), retriever)))
+        for retriever in table.column("retriever").unique().to_pylist()
+    }
 
 
 def _search_depth(corpus: Stage, depth: int) -> int:

@@ -105,7 +105,7 @@ def test_a_corpus_that_changes_while_it_is_read_is_not_stored(tmp_path: Path) ->
     readings = iter([some(100), some(101)])
     with pytest.raises(UserError, match="changed while it was read"):
         ingested(tmp_path, lambda: iter(next(readings)))
-    assert not list(tmp_path.glob("*/manifest.json")) and not list(tmp_path.glob("*/.sorting-*"))
+    assert not list(tmp_path.glob("*/manifest.json")) and not list(tmp_path.glob("*/.scratch-*"))
 
 
 @pytest.mark.usefixtures("small_runs")
