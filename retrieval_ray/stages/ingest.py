@@ -30,11 +30,6 @@ def passage_text(title: str, text: str, *, titles: bool) -> str:
     return f"{title} {text}".strip() if titles else text
 
 
-def corpus_table(corpus: Stage) -> pa.Table:
-    """All passages of a corpus stage, in the order of its parts."""
-    return schema.check(corpus.read_all("corpus-"), "corpus", corpus.folder.path)
-
-
 def passages(corpus: Stage, ids: Iterable[str] | None = None) -> Iterator[Passage]:
     """All passages, or these alone, read part by part in the order of the parts."""
     wanted = None if ids is None else pa.array(sorted(set(ids)), pa.string())
