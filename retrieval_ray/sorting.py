@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 RUN_BYTES = 64 * 2**20
-_MOST_RUNS = 128  # open files of one merge
-_STEPS = 128  # a run is read back in about so many steps
+_MOST_RUNS = 100  # open files of one merge
+_STEPS = 100  # a run is read back in about so many steps
 
 Row = TypeVar("Row", bound=tuple[Any, ...])
 
@@ -20,8 +20,8 @@ def sort_on_disk(rows: Iterable[Row], folder: str, *, run_bytes: int = RUN_BYTES
     """The rows in ascending order, as ``sorted`` gives them; fewer than ``run_bytes`` never leave memory.
 
     rows: tuples of text and whole numbers, all of the same types. folder: a place for temporary files,
-    which stay there and are about as large as the rows. Memory: about twice ``run_bytes``, counted as
-    Python's objects, and a hundredth of it for each of at most 128 runs.
+    which stay there and are about as large as the rows. Memory: ``run_bytes``, counted as Python's objects,
+    and as much again at most to merge.
     """
     runs: list[str] = []
     held: list[Row] = []

@@ -18,7 +18,7 @@ from retrieval_ray.artifacts import Stage, digest, stage
 from retrieval_ray.config import to_dict
 from retrieval_ray.datasets import rejects_table
 from retrieval_ray.filters import Reject
-from retrieval_ray.negatives import Margins
+from retrieval_ray.negatives import Margins, Scores
 from retrieval_ray.progress import say
 from retrieval_ray.stages import trust as trusted
 from retrieval_ray.stages.collection import Grouped, Judged, extend
@@ -26,7 +26,7 @@ from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.judged_pools import Pooled, judged_pools, training_pools
 from retrieval_ray.stages.queries import qrels_of, query_texts
 from retrieval_ray.stages.retrieve import rankings_of
-from retrieval_ray.stages.scores import ByQuery, raw_values
+from retrieval_ray.stages.scores import ByQuery, scores_table_of
 
 VERSION = 3
 _SHOWN = 5  # samples of each reason
@@ -89,7 +89,7 @@ def _group(context: Context, judged: Judged) -> Stage:
         samples=_samples(rejects, judged),
         left_out=_left_out([group for group, split in built if split == "train"]),
         score_quantiles={
-            teacher: np.quantile(raw_values(scores), np.linspace(0, 1, 41)).tolist()
+            teacher: np.quantile(_values(scores), np.linspace(0, 1, 41)).tolist()
             for teacher, scores in judged.scores.items()
         },
     )
@@ -146,6 +146,11 @@ def _verdict(context: Context, judged: Judged) -> tuple[gate.Verdict, dict[str, 
 
 def _shown(weights: gate.Weights) -> str:
     return ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
+
+
+def _values(scores: Stage) -> Scores:
+    found: Scores = scores_table_of(scores).column("score").to_numpy().astype(np.float64)
+    return found
 
 
 def _margins(context: Context) -> Margins | None:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -31,11 +30,9 @@ def scores_of(judged: Judged, queries: Iterable[str] | None = None) -> dict[str,
     return found
 
 
-def raw_values(scores: Stage) -> npt.NDArray[np.float64]:
-    """All raw scores of a teacher."""
-    values = [table.column("score").to_numpy() for table in _tables(scores)]
-    found: npt.NDArray[np.float64] = np.concatenate(values, dtype=np.float64)
-    return found
+def scores_table_of(scores: Stage) -> pa.Table:
+    """All raw scores of a teacher, without its name."""
+    return pa.concat_tables(_tables(scores))
 
 
 class ByQuery:
