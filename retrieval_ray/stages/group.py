@@ -26,7 +26,7 @@ from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.judged_pools import Pooled, judged_pools, training_pools
 from retrieval_ray.stages.queries import qrels_of, query_texts
 from retrieval_ray.stages.retrieve import rankings_of
-from retrieval_ray.stages.scores import ByQuery, scores_table_of
+from retrieval_ray.stages.scores import ByQuery, all_scores
 
 VERSION = 3
 _SHOWN = 5  # samples of each reason
@@ -149,7 +149,7 @@ def _shown(weights: gate.Weights) -> str:
 
 
 def _values(scores: Stage) -> Scores:
-    found: Scores = scores_table_of(scores).column("score").to_numpy().astype(np.float64)
+    found: Scores = all_scores(scores).column("score").to_numpy().astype(np.float64)
     return found
 
 

@@ -11,7 +11,7 @@ from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.negatives import Scores
 from retrieval_ray.stages.collection import Judged
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.scores import scores_table_of
+from retrieval_ray.stages.scores import all_scores
 
 
 def run(context: Context, judged: Judged) -> list[dict[str, Any]]:
@@ -39,8 +39,8 @@ def run(context: Context, judged: Judged) -> list[dict[str, Any]]:
 def _shared(own: Stage, other: Stage) -> tuple[Scores, Scores]:
     """Both runs' scores of the pairs that both have judged, by query and passage."""
     keys = ["query_id", "passage_id"]
-    both = scores_table_of(own).join(
-        scores_table_of(other), keys, join_type="inner", right_suffix="_of_other", use_threads=False
+    both = all_scores(own).join(
+        all_scores(other), keys, join_type="inner", right_suffix="_of_other", use_threads=False
     )
     both = both.sort_by([(key, "ascending") for key in keys])
     one_N, other_N = (both.column(name).to_numpy().astype(np.float64) for name in ("score", "score_of_other"))

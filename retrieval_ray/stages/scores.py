@@ -30,7 +30,7 @@ def scores_of(judged: Judged, queries: Iterable[str] | None = None) -> dict[str,
     return found
 
 
-def scores_table_of(scores: Stage) -> pa.Table:
+def all_scores(scores: Stage) -> pa.Table:
     """All raw scores of a teacher, without its name."""
     return pa.concat_tables(_tables(scores))
 
