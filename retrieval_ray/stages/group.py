@@ -7,7 +7,7 @@ them is 8 bytes a pair, one reading a query, and the lists.
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -200,14 +200,6 @@ def _surveyed(
     return sorted(readings, key=lambda r: r.query_id), scales, sorted(empty) + sorted(inconsistent)
 
 
-@dataclass(frozen=True)
-class _Survivor:
-    """A list, and what its query is held out by."""
-
-    group: groups.Group
-    source: str
-
-
 def _build(
     context: Context,
     judged: Judged,
@@ -221,7 +213,8 @@ def _build(
     """
     config = context.config.groups
     made = partial(groups.build, false_negative_ratio=config.false_negative_ratio)
-    survivors: list[_Survivor] = []
+    lists: dict[str, groups.Group] = {}
+    sources: dict[str, str] = {}
     unfit: list[tuple[str, Reject]] = []
     for each in pooled():
         if each.pool is None or each.query_id in rejected:
@@ -234,13 +227,11 @@ def _build(
             margins=_margins(context),
         )
         if isinstance(group, groups.Group):
-            survivors.append(_Survivor(group, _source(each.pool)))
+            lists[each.query_id], sources[each.query_id] = group, _source(each.pool)
         else:
             unfit.append((each.pool.kind, (each.query_id, *group)))
-    held_out = _held_out([each.source for each in survivors], context)
-    lists = {each.group.query_id: (each.group, "train") for each in survivors}
-    dev = {each.group.query_id for each in survivors if each.source in held_out}
-    lists |= {query_id: (lists[query_id][0], "dev") for query_id in dev}
+    held_out = _held_out(list(sources.values()), context)
+    dev = {query_id for query_id, source in sources.items() if source in held_out}
     if not qrels_of(judged.queries, "dev"):  # then dev lists must carry the choice of the epoch alone
         for each in pooled(dev):
             assert each.pool is not None
@@ -248,9 +239,10 @@ def _build(
                 each.pool, scales[each.pool.kind], list_size=len(each.pool.passage_ids), negatives="top"
             )
             assert isinstance(whole, groups.Group)
-            lists[each.query_id] = (whole, "dev")
-    built = sorted(lists.values(), key=lambda row: (row[0].kind, row[0].query_id))
-    return built, [reject for _, reject in sorted(unfit)]
+            lists[each.query_id] = whole
+    built = sorted(lists.values(), key=lambda group: (group.kind, group.query_id))
+    splits = ["dev" if group.query_id in dev else "train" for group in built]
+    return list(zip(built, splits, strict=True)), [reject for _, reject in sorted(unfit)]
 
 
 def _source(pool: groups.Pool) -> str:
