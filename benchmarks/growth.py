@@ -2,25 +2,36 @@
 
     python benchmarks/growth.py [--quick]
 
-The encode and retrieve stages on Ray (a tiny random encoder, exact dense search, one worker, always as many
-queries) on growing corpora. Marginal time per passage is (seconds - seconds of the start-up corpus) /
-(passages - its passages); memory is the peak of the driver and all of Ray's processes above what they held
-before the stages began. ``ratio`` is the marginal time at the second size over that at the largest: 1 when
-growth is linear. ``memory_ratio`` is peak memory at the largest over that at the second.
+A BEIR folder is read into the store, encoded and searched: the corpus, encode and retrieve stages on Ray (a
+tiny random encoder, exact dense search, one worker, always as many queries) on growing corpora. Marginal time
+per passage is (seconds - seconds of the start-up corpus) / (passages - its passages); memory is the peak of
+the driver and all of Ray's processes above what they held before the stages began. ``ratio`` is the marginal
+time at the second size over that at the largest: 1 when growth is linear. ``memory_ratio`` is peak memory at
+the largest over that at the second. ``by_stage`` has each stage's seconds and peak above its own start.
 """
 
+import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from made import collection, context, start_ray, tiny_encoder
-from measure import PeakMemory, parser, report, seconds_of
+from made import context, log_queries, start_ray, tiny_encoder
+from measure import PeakMemory, parser, report
 from texts import query_texts
 
-from retrieval_ray.stages import encode, retrieve
+from retrieval_ray.config import DatasetConfig
+from retrieval_ray.sources import open_source
+from retrieval_ray.stages import encode, ingest, retrieve
+from retrieval_ray.stages.collection import Collection
 
 HIDDEN, WORDS = 64, 12
+_LETTERS = str.maketrans("0123456789", "abcdefghij")
+Figures = dict[str, float]  # seconds; MiB of private memory, and with mapped pages
 
 
 def main() -> None:
@@ -30,16 +41,18 @@ def main() -> None:
     chosen = given.sizes or ("512,2048,8192" if given.quick else "1000,10000,100000,1000000")
     sizes = [int(size) for size in chosen.split(",")]
     rounds = {size: 1 if given.quick or size > 50_000 else 3 for size in sizes}
-    seconds, memory, private = {}, {}, {}
+    runs: dict[int, list[dict[str, Figures]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         encoder = tiny_encoder(folder, hidden=HIDDEN)
         queries = [f"{n} {text}" for n, text in enumerate(query_texts(256 if given.quick else 1024))]
         start_ray()
         for size in sizes:
-            measured = [_run(f"{folder}/{size}-{n}", encoder, size, queries) for n in range(rounds[size])]
-            seconds[size] = statistics.median(run[0] for run in measured)
-            private[size] = statistics.median(run[1] for run in measured)
-            memory[size] = statistics.median(run[2] for run in measured)
+            runs[size] = [_run(f"{folder}/{size}-{n}", encoder, size, queries) for n in range(rounds[size])]
+
+    def median(stage: str, figure: str) -> dict[int, float]:
+        return {size: round(statistics.median(run[stage][figure] for run in runs[size]), 3) for size in sizes}
+
+    seconds, private = median("all", "seconds"), median("all", "private")
     first, second, last = sizes[0], sizes[1], sizes[-1]
     marginal = {
         size: 1e6 * (seconds[size] - seconds[first]) / (size - first) for size in sizes if size != first
@@ -56,31 +69,57 @@ def main() -> None:
         marginal=marginal,
         seconds=seconds,
         peak_mib=private,
-        peak_mib_with_mapped=memory,
+        peak_mib_with_mapped=median("all", "mapped"),
+        by_stage={
+            stage: {"seconds": median(stage, "seconds"), "peak_mib": median(stage, "private")}
+            for stage in ("corpus", "encode", "retrieve")
+        },
         queries=len(queries),
         words=WORDS,
         hidden=HIDDEN,
     )
 
 
-def _run(folder: str, encoder: str, size: int, queries: list[str]) -> tuple[float, float, float]:
-    """Seconds, private MiB and MiB with mapped pages of both stages on a corpus of that size."""
-    run = context(folder, encoder, workers=1, threads=1, precision="float32", budget=4096)
+def _run(folder: str, encoder: str, size: int, queries: list[str]) -> dict[str, Figures]:
+    """The figures of every stage and of all of them, on a corpus of that size."""
+    run = context(f"{folder}/store", encoder, workers=1, threads=1, precision="float32", budget=4096)
     run.config.retrieve.retrievers = ["dense"]
-    Path(folder).mkdir()
-    made = collection(run, "growing", _texts(queries), size, queries)
-    with PeakMemory() as peak:
-        seconds = seconds_of(lambda: retrieve.run(run, encode.run(run, made), ["dense"]))
-    return seconds, peak.megabytes, peak.with_mapped
+    given = Path(folder, "growing")
+    given.mkdir(parents=True)
+    with (given / "corpus.jsonl").open("w") as lines:
+        for n, text in enumerate(islice(_texts(queries), size)):
+            lines.write(json.dumps({"_id": f"p{n}", "title": "", "text": text}) + "\n")
+    made: Any = Collection("growing", "test", 1, None, None, log_queries(run, "growing", queries))
+    dataset = DatasetConfig(path=str(given), titles=False)
+    work: dict[str, Callable[[], Any]] = {
+        "corpus": lambda: replace(made, corpus=ingest.run(run, dataset, open_source(dataset.path))),
+        "encode": lambda: encode.run(run, made),
+        "retrieve": lambda: retrieve.run(run, made, ["dense"]),
+    }
+    found: dict[str, Figures] = {}
+    peaks: list[PeakMemory] = []
+    for stage, do in work.items():
+        begun = time.perf_counter()
+        with PeakMemory() as peak:
+            made = do()
+        found[stage] = {"seconds": time.perf_counter() - begun, "private": peak.megabytes}
+        peaks.append(peak)
+    grown = [peak.before - peaks[0].before for peak in peaks]  # what a stage leaves counts for the next
+    found["all"] = {
+        "seconds": sum(figures["seconds"] for figures in found.values()),
+        "private": max(peak.megabytes + more for peak, more in zip(peaks, grown, strict=True)),
+        "mapped": max(peak.with_mapped for peak in peaks),
+    }
+    return found
 
 
 def _texts(queries: list[str]) -> Iterator[str]:
-    """Without end, all different, about ``WORDS`` words each."""
+    """Without end, all different (to near-duplicates too), about ``WORDS`` words each."""
     words = " ".join(queries).split()
     number = 0
     while True:
         at = 7 * number % (len(words) - WORDS)
-        yield f"{number} " + " ".join(words[at : at + WORDS])
+        yield f"{number:09}".translate(_LETTERS) + " " + " ".join(words[at : at + WORDS])
         number += 1
 
 

@@ -64,10 +64,11 @@ def collection(
         corpus.write(part, schema.from_rows("corpus", rows))
     corpus.write("rejects.parquet", rejects_table("dedup", []))
     corpus.finish([*names, "rejects.parquet"], rows=count, buckets=buckets)
-    return Collection(name, "test", 1, corpus, None, _queries(run, name, queries))
+    return Collection(name, "test", 1, corpus, None, log_queries(run, name, queries))
 
 
-def _queries(run: Context, name: str, texts: list[str]) -> Stage:
+def log_queries(run: Context, name: str, texts: list[str]) -> Stage:
+    """These texts as a queries stage, a log's."""
     target = stage(run.store, "queries", {"name": name, "count": len(texts)})
     buckets = bucket_count(len(texts))
     names = [part_name("queries", number, "parquet") for number in range(buckets)]

@@ -63,7 +63,7 @@ class PeakMemory:
     """Peak memory of this process and its children above what they held on entry, in MiB.
 
     Sampled every few milliseconds: private memory alone (``megabytes``), and with the pages of mapped
-    files and shared memory that are resident (``with_mapped``).
+    files and shared memory that are resident (``with_mapped``). ``before``: private memory on entry.
     """
 
     def __enter__(self) -> "PeakMemory":
@@ -80,6 +80,7 @@ class PeakMemory:
         self._sample()
         private, whole = ((peak - start) / 2**20 for peak, start in zip(self._peak, self._start, strict=True))
         self.megabytes, self.with_mapped = round(private, 1), round(whole, 1)
+        self.before = round(self._start[0] / 2**20, 1)
 
     def _watch(self) -> None:
         while not self._stop.wait(0.005):

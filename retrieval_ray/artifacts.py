@@ -11,7 +11,8 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,6 +202,15 @@ class Stage:
 
     def parts(self) -> list[str]:
         return list(self.manifest()["parts"])
+
+    @contextmanager
+    def scratch(self) -> Iterator[str]:
+        """A folder for temporary files: beside the parts, where their disk is this machine's."""
+        beside = self.folder.path if self.folder.is_local else None
+        if beside:
+            os.makedirs(beside, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=beside) as folder:
+            yield folder
 
     def reopen(self) -> None:
         """Make a finished stage unfinished, without its parts: they are to be written anew."""

@@ -1,6 +1,7 @@
 """BM25 over a corpus (bm25s), as a retriever and as one of the embedded teachers."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 
 import bm25s
 import numpy as np
@@ -13,16 +14,22 @@ VERSION = "bm25s-lucene-k1.5-b.75-terms1"
 
 
 class Bm25:
-    """An index over passages. A query without any known term scores 0 everywhere."""
+    """An index over passages. A query without any known term scores 0 everywhere.
 
-    def __init__(self, passage_ids: Sequence[str], texts: Sequence[str]) -> None:
+    Memory while it is built: 4 bytes a word and 12 a posting; then 8 a posting, and the ids.
+    """
+
+    def __init__(self, passage_ids: Sequence[str], texts: Iterable[str]) -> None:
         self.passage_ids = np.array(passage_ids, dtype=object)
         self._position = {passage: n for n, passage in enumerate(passage_ids)}
-        tokens = [terms(text) for text in texts]
-        self._known = {term for row in tokens for term in row}
+        self._known: dict[str, int] = {}
+        rows = [
+            array("i", [self._known.setdefault(term, len(self._known)) for term in terms(text)])
+            for text in texts
+        ]
         self._index = bm25s.BM25()
         if self._known:  # bm25s cannot index a corpus without a single term
-            self._index.index(tokens, show_progress=False)
+            self._index.index((rows, dict(self._known)), show_progress=False)
 
     def _scores(self, query: str) -> npt.NDArray[np.float32]:
         known = [term for term in terms(query) if term in self._known]

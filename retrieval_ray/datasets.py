@@ -1,14 +1,17 @@
 """Collections -> tables: the checks on what a ``Source`` gives, made once for every format."""
 
 import hashlib
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from retrieval_ray import schema
+from retrieval_ray.artifacts import digest
 from retrieval_ray.errors import UserError
 from retrieval_ray.sources import Source, jsonl_queries
 
@@ -23,30 +26,69 @@ class Judged:
     rejects: pa.Table = field(default_factory=lambda: schema.empty("rejects"))
 
 
-def read_corpus(source: Source) -> tuple[pa.Table, pa.Table]:
-    """The corpus table sorted by passage_id, and the rejects (passages without any text).
+@dataclass(frozen=True)
+class Survey:
+    """What one reading of a corpus found.
+
+    content: a hash of all passages that have text, the same in any order of rows; rejects: the others.
+    """
+
+    passages: int
+    content: str
+    rejects: pa.Table
+
+
+def survey(source: Source) -> Survey:
+    """Read a corpus once, check it, and hold none of it: 16 bytes a passage, at the end.
 
     Raises ``UserError`` for an empty or duplicate id (both places named) and an empty corpus.
     """
-    rows: dict[str, tuple[str, str, str]] = {}
-    for where, passage_id, title, text in source.corpus():
-        _check_id(where, passage_id, rows)
-        rows[passage_id] = (where, title, text)
-    kept = {key: row for key, row in rows.items() if row[1].strip() or row[2].strip()}
-    if not kept:
+    ids, total, count = array("Q"), 0, 0
+    empty = []
+    try:
+        for where, passage_id, title, text in source.corpus():
+            if not passage_id.strip():
+                raise UserError(f"{where}: empty id")
+            ids.append(_hash64(passage_id))
+            if _has_text(title, text):
+                count += 1
+                total += row_hash(passage_id, title, text)
+            else:
+                empty.append((passage_id, "empty", where))
+    except UserError:
+        _refuse_repeated(source, ids)  # what is wrong in an earlier row is told first
+        raise
+    _refuse_repeated(source, ids)
+    if not count:
         raise UserError(f"dataset '{source.name}': the corpus is empty")
-    ids = sorted(kept)
-    table = pa.table(
-        {
-            "passage_id": ids,
-            "title": [kept[key][1] for key in ids],
-            "text": [kept[key][2] for key in ids],
-        },
-        schema=schema.TABLES["corpus"],
-    )
-    return table, rejects_table(
-        "corpus", [(key, "empty", rows[key][0]) for key in sorted(rows.keys() - kept.keys())]
-    )
+    return Survey(count, content_of(total), rejects_table("corpus", sorted(empty)))
+
+
+def passages_of(source: Source) -> Iterator[tuple[str, str, str]]:
+    """(passage_id, title, text) of what has text, in the source's order; ``survey`` has checked it."""
+    for _, passage_id, title, text in source.corpus():
+        if _has_text(title, text):
+            yield passage_id, title, text
+
+
+def row_hash(passage_id: str, title: str, text: str) -> int:
+    """A passage as a number; a corpus is the sum of its passages."""
+    return int(digest([passage_id, title, text]), 16)
+
+
+def content_of(total: int) -> str:
+    """The hash of a corpus: the sum of ``row_hash`` over its passages, modulo 2^256.
+
+    A sum is the same in any order of rows, and no two ids are the same.
+    """
+    return f"{total % 2**256:064x}"
+
+
+def read_corpus(source: Source) -> tuple[pa.Table, pa.Table]:
+    """The whole corpus table sorted by passage_id, and the rejects; raises what ``survey`` raises."""
+    found = survey(source)
+    columns = zip(*sorted(passages_of(source)), strict=True)
+    return pa.table([list(column) for column in columns], schema=schema.TABLES["corpus"]), found.rejects
 
 
 def read_judged(
@@ -58,6 +100,8 @@ def read_judged(
     relevance_threshold: int = 1,
 ) -> Judged:
     """The judged queries of a split, or of a share of one (``train:0.2``), chosen by hash of the id.
+
+    passage_ids: those of the corpus, or at least those of them that ``judged_ids`` names.
 
     Judgements that name unknown queries or passages are dropped with a warning that counts them and
     names the first few. Raises ``UserError`` when none remain, or none reaches ``relevance_threshold``.
@@ -122,6 +166,11 @@ def read_judged(
     return Judged({q: texts[q] for q in chosen}, qrels, warnings, rejects)
 
 
+def judged_ids(source: Source, split: str) -> set[str]:
+    """The passages that judgements of a split name, whether they are in the corpus or not."""
+    return {passage_id for _, _, passage_id, _ in source.qrels(split_spec(split)[0])}
+
+
 def read_log(source: Source, split: str, *, without: Iterable[str]) -> dict[str, str]:
     """The query texts of a split as an unlabelled log; its judgements say only who belongs to it.
 
@@ -174,10 +223,10 @@ def in_share(query_id: str, share: float) -> bool:
 
 def rejects_table(stage: str, rejects: Iterable[tuple[str, str, str]]) -> pa.Table:
     """(id, reason, detail) rows as a table of rejects."""
-    return schema.from_rows(
-        "rejects",
-        [{"id": key, "stage": stage, "reason": why, "detail": what} for key, why, what in rejects],
-    )
+    rows = list(rejects)
+    ids, reasons, details = zip(*rows, strict=True) if rows else ((), (), ())
+    columns = [ids, [stage] * len(rows), reasons, details]
+    return pa.table([list(column) for column in columns], schema=schema.TABLES["rejects"])
 
 
 def _hash_fraction(query_id: str) -> float:
@@ -193,6 +242,26 @@ def _texts(source: Source, split: str) -> tuple[dict[str, str], pa.Table]:
     kept = {key: text for key, (_, text) in texts.items() if text.strip()}
     empty = [(key, "empty", texts[key][0]) for key in sorted(texts.keys() - kept.keys())]
     return kept, rejects_table("queries", empty)
+
+
+def _has_text(title: str, text: str) -> bool:
+    return bool(title.strip() or text.strip())
+
+
+def _hash64(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+def _refuse_repeated(source: Source, ids: "array[int]") -> None:
+    """Where hashes of ids are the same, read again and tell of the first row whose id stands already."""
+    ordered = np.sort(np.frombuffer(ids, dtype=np.uint64))
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if suspects:
+        earlier: dict[str, tuple[str]] = {}
+        for where, passage_id, _, _ in source.corpus():
+            if _hash64(passage_id) in suspects:
+                _check_id(where, passage_id, earlier)
+                earlier[passage_id] = (where,)
 
 
 def _check_id(where: str, key: str, earlier: dict[str, Any]) -> None:

@@ -1,11 +1,17 @@
 """Keep a row, or drop it with a reason: near-duplicates, copies, lengths, empty texts."""
 
 import unicodedata
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import TypeVar
 
 import regex
 
 Reject = tuple[str, str, str]  # id, reason, detail
+Sort = Callable[[Iterable[tuple[str, str]]], Iterable[tuple[str, str]]]
+_Row = TypeVar("_Row")
 
 _NOT_A_LETTER = regex.compile(r"[\p{N}\p{P}\p{S}]+")
 _WINDOW = 9  # sorted neighbours that are compared (CADET corpora_deduplication.py)
@@ -19,33 +25,56 @@ def normalise(text: str) -> str:
     return " ".join(_NOT_A_LETTER.sub("", bare).split())
 
 
-def near_duplicates(texts: Iterable[tuple[str, str]]) -> list[Reject]:
+def near_duplicates(texts: Iterable[tuple[str, str]], *, sort: Sort = sorted) -> list[Reject]:
     """Passages that another passage contains, and passages too short to say anything.
 
     CADET's rule: sort the normalised texts and drop one that is a prefix-side substring of any of
     the next nine; repeat on reversed strings, which brings suffixes together. One copy of an exact
     duplicate survives: the one with the smallest id.
 
-    texts: (id, text) pairs. Returns (id, ``near_duplicate`` or ``too_short``, the id it repeats).
+    texts: (id, text) pairs, of which only ``sort`` holds more than ten at a time. Returns (id,
+    ``near_duplicate`` or ``too_short``, the id it repeats).
     """
-    normal = {key: normalise(text) for key, text in texts}
-    rejects = [
-        (key, "too_short", f"{len(text)} letters")
-        for key, text in sorted(normal.items())
-        if len(text) < _MIN_CHARS
-    ]
-    dropped = {key for key, _, _ in rejects}
-    for reverse in (False, True):
-        rows = [(text[::-1] if reverse else text, key) for key, text in normal.items() if key not in dropped]
-        rows.sort(key=lambda row: row[1], reverse=True)  # of equal texts the smallest id stays last
-        rows.sort(key=lambda row: row[0])
-        for at, (text, key) in enumerate(rows):
-            for other, keeper in rows[at + 1 : at + 1 + _WINDOW]:
-                if text in other:
-                    rejects.append((key, "near_duplicate", keeper))
-                    dropped.add(key)
-                    break
-    return rejects
+    short: list[Reject] = []
+    contained: list[Reject] = []
+
+    def long_enough() -> Iterator[tuple[str, str]]:
+        for key, text in texts:
+            normal = normalise(text)
+            if len(normal) < _MIN_CHARS:
+                short.append((key, "too_short", f"{len(normal)} letters"))
+            else:
+                yield normal, key
+
+    def reversed_rest(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        for (text, key), following in _with_following(_smallest_id_last(sort(rows))):
+            keeper = next((other for longer, other in following if text in longer), None)
+            if keeper is None:
+                yield text[::-1], key
+            else:
+                contained.append((key, "near_duplicate", keeper))
+
+    for _ in reversed_rest(reversed_rest(long_enough())):
+        pass
+    return sorted(short) + contained
+
+
+def _smallest_id_last(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Sorted (text, id) rows with the ids of equal texts turned around."""
+    for text, same in groupby(rows, key=itemgetter(0)):
+        ids = [key for _, key in same]
+        yield from ((text, key) for key in reversed(ids))
+
+
+def _with_following(rows: Iterable[_Row]) -> Iterator[tuple[_Row, deque[_Row]]]:
+    """Each row and the nine, near the end fewer, that come next."""
+    window: deque[_Row] = deque()
+    for row in rows:
+        window.append(row)
+        if len(window) > _WINDOW:
+            yield window.popleft(), window
+    while window:
+        yield window.popleft(), window
 
 
 def query_rejects(

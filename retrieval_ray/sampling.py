@@ -2,13 +2,13 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 STRATA = 10  # of `length`: tenths of the passages by their number of characters
 WAYS = ("uniform", "length", "title")
 
 
-def sample(passages: Sequence[tuple[str, str, str]], most: int, *, way: str, seed: int) -> list[str]:
+def sample(passages: Iterable[tuple[str, str, str]], most: int, *, way: str, seed: int) -> list[str]:
     """Ids of at most ``most`` passages, sorted.
 
     passages: (passage_id, title, text). ``uniform``: every passage alike. ``length``: as many from each
@@ -34,7 +34,8 @@ def sample(passages: Sequence[tuple[str, str, str]], most: int, *, way: str, see
     turns: list[tuple[int, str, str]] = []
     for name, ids in strata.items():
         ranked = sorted(ids, key=lambda passage_id: _hash(seed, passage_id))
-        turns += [(turn, _hash(seed, name), passage_id) for turn, passage_id in enumerate(ranked)]
+        own = _hash(seed, name)
+        turns += [(turn, own, passage_id) for turn, passage_id in enumerate(ranked[:most])]
     return sorted(passage_id for _, _, passage_id in sorted(turns)[:most])
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ Query = tuple[str, str, str]  # where it stands, id, text
 Judgement = tuple[str, str, str, int]  # where it stands, query id, passage id, relevance
 Row = dict[str, Any]
 _NEEDED = {"_id", "text"}  # of a passage and of a query
+_BATCH = 1024  # rows of Parquet held at a time
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,14 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     _check_file(path)
     try:
-        rows = pq.read_table(path).to_pylist()
+        with pq.ParquetFile(path) as file:
+            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(_BATCH))
+            for number, row in enumerate(rows, start=1):
+                yield f"{path}, row {number}", row
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(
             f"{path}: not readable as Parquet; was it cut off, or is it another format? ({error})"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
 
 
 def _check_file(path: Path) -> None:

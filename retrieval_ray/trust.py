@@ -19,7 +19,7 @@ PERCENTILES = (5, 25, 50, 75, 95)
 HEAD = 10  # passages of a ranking that count for the overlap
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reading:
     """What one query's pool says of the teacher.
 
@@ -155,16 +155,12 @@ def heaviest_losses(rows: Iterable[Beside], count: int) -> list[Beside]:
     return lost[:count]
 
 
-def parity(ours: Mapping[tuple[str, str], float], theirs: Mapping[tuple[str, str], float]) -> Parity | None:
-    """Compare raw scores by (query, passage) on the pairs that both hold; None where they share none."""
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
-        return None
-    one_N, other_N = (np.array([scores[pair] for pair in shared]) for scores in (ours, theirs))
+def parity(one_N: Scores, other_N: Scores) -> Parity:
+    """Compare two runs' raw scores of the same pairs, at least one."""
     apart_N = np.abs(one_N - other_N)
     correlation = float((standardise(_ranks(one_N)) * standardise(_ranks(other_N))).mean())
     return Parity(
-        pairs=len(shared),
+        pairs=len(one_N),
         largest=float(apart_N.max()),
         mean=float(apart_N.mean()),
         scale=float(one_N.std()),

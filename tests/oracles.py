@@ -202,3 +202,17 @@ def released_clp(
         pushed = sum(1 - c for c in own) / len(own)
         losses.append((1 - penalty) * crossed + penalty * pushed)
     return sum(losses) / len(losses)
+
+
+def near_duplicates(normal: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(dropped id, keeper) of normalised texts, by indices into whole sorted lists, first dropped first."""
+    found: list[tuple[str, str]] = []
+    for turn in (1, -1):
+        left = {key: text[::turn] for key, text in normal.items() if key not in dict(found)}
+        ids = sorted(sorted(left, reverse=True), key=lambda key: left[key])
+        for place, key in enumerate(ids):
+            for other in ids[place + 1 : place + 10]:
+                if left[key] in left[other]:
+                    found.append((key, other))
+                    break
+    return found

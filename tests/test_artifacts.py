@@ -337,6 +337,15 @@ def test_a_stage_is_finished_when_its_manifest_is_there(store: Location) -> None
     json.dumps(facts)
 
 
+def test_scratch_is_on_this_machines_disk_and_gone_afterwards(store: Location) -> None:
+    here = stage(store, "score", {})
+    with here.scratch() as folder:
+        Path(folder, "some").write_text("some")
+        beside = os.path.dirname(folder) == here.folder.path
+        assert beside == store.is_local
+    assert not os.path.exists(folder) and here.folder.names() == []
+
+
 def test_the_manifest_is_written_last(store: Location) -> None:
     watched = Broken(store.filesystem)
     here = stage(Location(watched, store.path), "score", {})  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Collections become tables, and what is wrong in them is named."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from retrieval_ray.datasets import (
     read_log_file,
     rejects_table,
     split_spec,
+    survey,
 )
+from retrieval_ray.errors import UserError
 from retrieval_ray.sources import Source, open_source
 from tests.beir import CORPUS, IDS, TABLE, beir, said_of, write_lines, write_qrels
 
@@ -57,6 +59,43 @@ def test_a_duplicate_passage_id_names_both_places(tmp_path: Path) -> None:
     write_lines(folder / "corpus.jsonl", [row, {"_id": "d2", "text": "y"}, row])
     said = said_of(read_corpus, open_source(str(folder)))
     assert "'d1'" in said and "line 1" in said and "line 3" in said
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", ""]), min_size=1, max_size=7), st.integers(1, 8)
+)
+@settings(max_examples=100, deadline=None)
+def test_what_is_wrong_first_is_told(ids: list[str], broken: int) -> None:
+    """Repeated ids are found at the end of a reading, and told as if they were found at once."""
+
+    def corpus() -> Iterator[tuple[str, str, str, str]]:
+        for number, key in enumerate(ids, start=1):
+            if number == broken:
+                raise UserError(f"row {number} is broken")
+            yield f"row {number}", key, "", "text"
+
+    def first_wrong() -> str | None:
+        for number, key in enumerate(ids, start=1):
+            if number == broken:
+                return f"row {number} is broken"
+            if not key:
+                return f"row {number}: empty id"
+            if key in ids[: number - 1]:
+                return f"row {number}: id '{key}' stands already at row {ids.index(key) + 1}"
+        return None
+
+    source = Source("tiny", corpus, lambda split: [], lambda split: [])
+    if first_wrong() is None:
+        assert survey(source).passages == len(ids)
+    else:
+        assert said_of(survey, source) == first_wrong()
+
+
+def test_ids_whose_hashes_are_the_same_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "_hash64", len)
+    rows = [(f"row {n}", *row) for n, row in enumerate(CORPUS)]
+    source = Source("tiny", lambda: rows, lambda split: [], lambda split: [])
+    assert read_corpus(source)[0].to_pylist() == TABLE
 
 
 def test_a_duplicate_query_id_names_both_places(tmp_path: Path) -> None:

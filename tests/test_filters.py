@@ -3,12 +3,15 @@
 import random
 import re
 import unicodedata
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval_ray.filters import near_duplicates, normalise, query_rejects
+from retrieval_ray.sorting import sort_on_disk
+from tests import oracles
 
 # Long enough to stay (10 letters), and built of few pieces, so that many contain each other.
 PIECES = ("lorem ipsum ", "dolor sit amet ", "ünïcode text ", "42 ", "Lorem, Ipsum! ", "x")
@@ -70,6 +73,22 @@ def test_small_corpora_lose_what_the_quadratic_rule_drops(corpus: list[tuple[str
         }
         left = {key: text for key, text in left.items() if key not in gone}
     assert kept_of(corpus) == left
+
+
+@given(LARGE, st.integers(1, 2000))
+@settings(max_examples=100, deadline=None)
+def test_large_corpora_lose_what_windows_of_whole_lists_drop(
+    tmp_path_factory: pytest.TempPathFactory, corpus: list[tuple[str, str]], run_bytes: int
+) -> None:
+    """In the same order and for the same keepers, sorted in memory or on disk."""
+    normal = {key: normalise(text) for key, text in corpus}
+    short = [(key, "too_short", f"{len(text)} letters") for key, text in normal.items() if len(text) < 10]
+    dropped = oracles.near_duplicates({key: text for key, text in normal.items() if len(text) >= 10})
+    expected = sorted(short) + [(key, "near_duplicate", keeper) for key, keeper in dropped]
+    assert near_duplicates(corpus) == expected
+    folder = str(tmp_path_factory.mktemp("runs"))
+    sort = partial(sort_on_disk, folder=folder, run_bytes=run_bytes)
+    assert near_duplicates(corpus, sort=sort) == expected
 
 
 @given(CORPORA)

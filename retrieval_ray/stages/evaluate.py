@@ -10,7 +10,7 @@ from retrieval_ray.artifacts import Stage, stage
 from retrieval_ray.runs import Ranking
 from retrieval_ray.stages.collection import Grouped, Ranked
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.group import judged_pools
+from retrieval_ray.stages.judged_pools import judged_pools
 from retrieval_ray.stages.queries import qrels_of
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 
@@ -37,13 +37,13 @@ def run(context: Context, grouped: Grouped, adapted: Ranked | None) -> Stage:
     if not context.start(target, f"evaluation on '{grouped.name}'"):
         return target
     qrels = qrels_of(grouped.queries, "test")
-    runs = {"base": rankings_of(grouped.retrieved, "dense")}
+    runs = {"base": rankings_of(grouped.retrieved, "dense", qrels)}
     if "bm25" in context.config.evaluate.systems:
-        runs["bm25"] = rankings_of(grouped.retrieved, "bm25")
+        runs["bm25"] = rankings_of(grouped.retrieved, "bm25", qrels)
     if "teacher" in context.config.evaluate.systems:
         runs["teacher"] = _teacher_run(context, grouped, qrels)
     if adapted is not None:
-        runs["candidate"] = rankings_of(adapted.retrieved, "dense")
+        runs["candidate"] = rankings_of(adapted.retrieved, "dense", qrels)
     rows: list[dict[str, object]] = []
     for system, run in runs.items():
         cut = {q: run.get(q, [])[:CUT] for q in qrels}
@@ -103,14 +103,13 @@ def _teacher_run(
     """
     weights = grouped.groups.manifest()["gate"]["weights"]
     depth = context.config.teacher.depth
-    pools = judged_pools(grouped, depth)
+    pools = judged_pools(grouped, depth, qrels)
     runs = {}
-    for query_id, ranking in rankings_of(grouped.retrieved, FUSED).items():
-        if query_id in qrels:
-            order = gate.rerank(pools[query_id], weights)
-            pooled = set(order)
-            order += [p for p, _ in ranking if p not in pooled]
-            runs[query_id] = [(p, float(len(order) - n)) for n, p in enumerate(order)]
+    for query_id, ranking in rankings_of(grouped.retrieved, FUSED, qrels).items():
+        order = gate.rerank(pools[query_id], weights)
+        pooled = set(order)
+        order += [p for p, _ in ranking if p not in pooled]
+        runs[query_id] = [(p, float(len(order) - n)) for n, p in enumerate(order)]
     return runs
 
 

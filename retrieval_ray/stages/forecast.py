@@ -7,7 +7,7 @@ from typing import Any
 from retrieval_ray.artifacts import bucket_count, bucket_of, digest
 from retrieval_ray.config import DatasetConfig, LlmConfig
 from retrieval_ray.contentcache import REPLY, ContentCache
-from retrieval_ray.datasets import read_corpus
+from retrieval_ray.datasets import passages_of, survey
 from retrieval_ray.filters import near_duplicates
 from retrieval_ray.prompts import Request
 from retrieval_ray.sampling import sample
@@ -92,9 +92,9 @@ def of(context: Context, passages: list[tuple[str, str, str]], *, titles: bool) 
 
 def shown(context: Context, dataset: DatasetConfig, count: int) -> list[str]:
     """The prompts of ``count`` of the sampled passages, as lines."""
-    table, _ = read_corpus(open_source(dataset.path))
-    columns = (table.column(name).to_pylist() for name in ("passage_id", "title", "text"))
-    passages = list(zip(*columns, strict=True))
+    source = open_source(dataset.path)
+    survey(source)
+    passages = sorted(passages_of(source))
     chosen = set(_chosen(context, passages))
     texts = [
         (key, passage_text(title, text, titles=dataset.titles))

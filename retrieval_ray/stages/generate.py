@@ -26,7 +26,7 @@ from retrieval_ray.stages import ask_endpoint, ask_vllm, cluster
 from retrieval_ray.stages.asking import Asking, Block
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import part_texts
-from retrieval_ray.stages.ingest import corpus_table, duplicates
+from retrieval_ray.stages.ingest import duplicates, passages
 from retrieval_ray.stages.parts import run_parts
 
 VERSION = 2
@@ -192,9 +192,7 @@ def _adapter(name: str) -> str:
 def _sampled(context: Context, corpus: Stage) -> list[Block]:
     """The passages to write for, near-duplicates left out."""
     config, left_out = context.config.llm, duplicates(corpus)
-    table = corpus_table(corpus)
-    columns = (table.column(name).to_pylist() for name in ("passage_id", "title", "text"))
-    usable = [row for row in zip(*columns, strict=True) if row[0] not in left_out]
+    usable = (row for row in passages(corpus) if row[0] not in left_out)
     chosen = sample(usable, config.passages, way=config.sample, seed=context.config.seed)
     return _by_part(corpus, set(chosen))
 

@@ -1,25 +1,32 @@
-"""The groups stage: the teacher gate, then training lists from raw scores. No model runs here."""
+"""The groups stage: the teacher gate, then training lists from raw scores. No model runs here.
 
+Pools are made anew at each of two or three readings, a part of queries at a time: what is held of all of
+them is 8 bytes a pair, one reading a query, and the lists.
+"""
+
+from array import array
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from retrieval_ray import gate, groups, schema, trust
 from retrieval_ray.artifacts import Stage, digest, stage
 from retrieval_ray.config import to_dict
 from retrieval_ray.datasets import rejects_table
 from retrieval_ray.filters import Reject
-from retrieval_ray.negatives import Margins
+from retrieval_ray.negatives import Margins, Scores
 from retrieval_ray.progress import say
 from retrieval_ray.stages import trust as trusted
 from retrieval_ray.stages.collection import Grouped, Judged, extend
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.queries import qrels_of, queries_table
-from retrieval_ray.stages.retrieve import FUSED, rankings_of
-from retrieval_ray.stages.scores import scores_of
+from retrieval_ray.stages.judged_pools import Pooled, judged_pools, training_pools
+from retrieval_ray.stages.queries import qrels_of, query_texts
+from retrieval_ray.stages.retrieve import rankings_of
+from retrieval_ray.stages.scores import ByQuery, all_scores
 
 VERSION = 3
 _SHOWN = 5  # samples of each reason
@@ -48,15 +55,21 @@ def _group(context: Context, judged: Judged) -> Stage:
     target = stage(context.store, "groups", identity)
     if not context.start(target, f"groups of '{judged.name}'"):
         return target
-    raw = scores_of(judged)
-    pools = _pools(judged, raw, config.teacher.depth)
-    verdict = _verdict(context, judged, pools)
-    pooled, rejects = _pooled(context, judged, pools, verdict.weights)
-    built, unfit, scales = _build(context, judged, pooled)
+    verdict, dev_pools = _verdict(context, judged)
+    with target.scratch() as folder:
+        pooled = partial(
+            training_pools,
+            judged,
+            ByQuery(judged, folder),
+            depth=config.teacher.depth,
+            weights=verdict.weights,
+            by_similarity=measured_by_similarity(context),
+        )
+        readings, scales, rejects = _surveyed(context, pooled())
+        built, unfit = _build(context, judged, pooled, scales, {key for key, _, _ in rejects})
     rejects += unfit
     findings = trusted.Findings(
-        [trust.read(each.pool, each.rankings) for each in pooled],
-        [trust.Beside(q, *pair) for q, pair in sorted(verdict.by_query.items())],
+        readings, [trust.Beside(q, *pair) for q, pair in sorted(verdict.by_query.items())]
     )
     table = schema.from_rows("groups", [row_of(judged.name, group, split) for group, split in built])
     target.write("groups.parquet", table)
@@ -68,7 +81,7 @@ def _group(context: Context, judged: Judged) -> Stage:
         ["groups.parquet", "rejects.parquet", "trust.parquet"],
         rows=len(built),
         gate={key: value for key, value in asdict(verdict).items() if key != "by_query"},
-        trust=trusted.facts(judged, findings, pools, verdict.weights),
+        trust=trusted.facts(judged, findings, dev_pools, verdict.weights),
         kept=len(built),
         train=splits["train"],
         dev=splits["dev"],
@@ -77,8 +90,8 @@ def _group(context: Context, judged: Judged) -> Stage:
         left_out=_left_out([group for group, split in built if split == "train"]),
         scales={kind: asdict(scale) for kind, scale in sorted(scales.items())},
         score_quantiles={
-            teacher: np.quantile(list(scores.values()), np.linspace(0, 1, 41)).tolist()
-            for teacher, scores in raw.items()
+            teacher: np.quantile(_values(scores), np.linspace(0, 1, 41)).tolist()
+            for teacher, scores in judged.scores.items()
         },
     )
     return target
@@ -99,31 +112,8 @@ def may_train(context: Context, grouped: Grouped) -> bool:
     return False
 
 
-def judged_pools(judged: Judged, depth: int) -> dict[str, gate.JudgedPool]:
-    """Each query's pool in the order of the fused ranking, with each teacher's raw scores.
-
-    A passage that some teacher could not judge is in no pool.
-    """
-    return _pools(judged, scores_of(judged), depth)
-
-
-def _pools(
-    judged: Judged, raw: dict[str, dict[tuple[str, str], float]], depth: int
-) -> dict[str, gate.JudgedPool]:
-    pools = {}
-    for query_id, ranking in rankings_of(judged.retrieved, FUSED).items():
-        passages = [p for p, _ in ranking[:depth] if all((query_id, p) in s for s in raw.values())]
-        pools[query_id] = gate.JudgedPool(
-            passages,
-            {
-                teacher: np.array([scores[query_id, p] for p in passages], dtype=np.float64)
-                for teacher, scores in raw.items()
-            },
-        )
-    return pools
-
-
-def _verdict(context: Context, judged: Judged, pools: dict[str, gate.JudgedPool]) -> gate.Verdict:
+def _verdict(context: Context, judged: Judged) -> tuple[gate.Verdict, dict[str, gate.JudgedPool]]:
+    """What the gate finds, and the pools of the judged dev queries."""
     config = context.config
     names = list(judged.scores)
     equal = dict.fromkeys(names, 1 / len(names))
@@ -131,10 +121,11 @@ def _verdict(context: Context, judged: Judged, pools: dict[str, gate.JudgedPool]
     qrels = qrels_of(judged.queries, "dev")
     if not qrels:
         say("  no judged dev queries: the teacher is unproven on this corpus")
-        return gate.unproven(fixed or equal)
-    dense = rankings_of(judged.retrieved, "dense")
+        return gate.unproven(fixed or equal), {}
+    pools = judged_pools(judged, config.teacher.depth, qrels)
+    dense = rankings_of(judged.retrieved, "dense", qrels)
     student = {q: [p for p, _ in dense[q]] for q in qrels.keys() & dense.keys()}
-    empty = gate.JudgedPool([], {t: np.zeros(0) for t in next(iter(pools.values())).teachers})
+    empty = gate.JudgedPool([], {teacher: np.zeros(0) for teacher in judged.scores})
     verdict = gate.judge(
         {q: pools.get(q, empty) for q in qrels},
         qrels,
@@ -151,43 +142,16 @@ def _verdict(context: Context, judged: Judged, pools: dict[str, gate.JudgedPool]
         + ("passed" if verdict.passed else "NOT passed")
         + f"; weights {_shown(verdict.weights)}"
     )
-    return verdict
+    return verdict, pools
 
 
 def _shown(weights: gate.Weights) -> str:
     return ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
 
 
-@dataclass(frozen=True)
-class _Pooled:
-    """The pool of a training query, and each retriever's own ranking."""
-
-    pool: groups.Pool
-    rankings: dict[str, list[str]]
-
-
-def _pooled(
-    context: Context, judged: Judged, pools: dict[str, gate.JudgedPool], weights: gate.Weights
-) -> tuple[list[_Pooled], list[Reject]]:
-    """The pools of all training queries, by query_id, and the queries that have none."""
-    table = queries_table(judged.queries)
-    table = table.filter(pa.compute.equal(table.column("split"), "train"))
-    own = {r: rankings_of(judged.retrieved, r) for r in judged.retrievers}
-    by_similarity = measured_by_similarity(context)
-    found, rejects = [], []
-    for row in sorted(table.to_pylist(), key=lambda row: str(row["query_id"])):
-        query_id = str(row["query_id"])
-        held = pools.get(query_id)
-        if held is None or not held.passage_ids:
-            rejects.append((query_id, "nothing_retrieved", ""))
-            continue
-        pool = groups.Pool(
-            query_id, row["kind"], row["passage_id"], held.passage_ids, groups.combine(held.teachers, weights)
-        )
-        if by_similarity:
-            pool = groups.with_similarities(pool, own["dense"].get(query_id, []))
-        found.append(_Pooled(pool, {r: [p for p, _ in own[r].get(query_id, [])] for r in judged.retrievers}))
-    return found, rejects
+def _values(scores: Stage) -> Scores:
+    found: Scores = all_scores(scores).column("score").to_numpy().astype(np.float64)
+    return found
 
 
 def measured_by_similarity(context: Context) -> bool:
@@ -202,15 +166,23 @@ def margins_of(context: Context) -> Margins | None:
     return Margins(config.relative_margin, config.absolute_margin)
 
 
-def _build(
-    context: Context, judged: Judged, pooled: list[_Pooled]
-) -> tuple[list[tuple[groups.Group, str]], list[Reject], dict[str, groups.Scale]]:
-    """The lists with their split, the queries that get none, the scale of each kind."""
+def _surveyed(
+    context: Context, pooled: Iterable[Pooled]
+) -> tuple[list[trust.Reading], dict[str, groups.Scale], list[Reject]]:
+    """What all pools say of the teacher, the scale of each kind, and the queries that fit no list.
+
+    The scale is of the pools that are consistent, and all their scores: 8 bytes a pair in memory.
+    """
     config = context.config.groups
-    rejects: list[Reject] = []
-    scales: dict[str, groups.Scale] = {}
-    by_kind: dict[str, list[groups.Pool]] = defaultdict(list)
+    readings: list[trust.Reading] = []
+    empty: list[Reject] = []
+    inconsistent: list[Reject] = []
+    scores: dict[str, array[float]] = defaultdict(lambda: array("d"))
     for each in pooled:
+        if each.pool is None:
+            empty.append((each.query_id, "nothing_retrieved", ""))
+            continue
+        readings.append(trust.read(each.pool, each.rankings))
         problem = groups.inconsistency(
             each.pool,
             each.rankings,
@@ -219,45 +191,64 @@ def _build(
             require_first=config.require_first,
         )
         if problem:
-            rejects.append((each.pool.query_id, *problem))
+            inconsistent.append((each.query_id, *problem))
         else:
-            by_kind[each.pool.kind].append(each.pool)
-    survivors: list[tuple[groups.Pool, groups.Scale, groups.Group]] = []
-    ratio = config.false_negative_ratio
-    for kind in sorted(by_kind):
-        scale = scales[kind] = groups.Scale.of(
-            np.concatenate([pool.scores_N for pool in by_kind[kind]]),
+            scores[each.pool.kind].frombytes(each.pool.scores_N.tobytes())
+    scales = {
+        kind: groups.Scale.of(
+            np.frombuffer(values),
             lower_percentile=config.lower_percentile,
             upper_percentile=config.upper_percentile,
             min_positive_percentile=config.min_positive_percentile,
         )
-        for pool in by_kind[kind]:
-            group = groups.build(
-                pool,
-                scale,
-                list_size=config.list_size,
-                false_negative_ratio=ratio,
-                negatives=config.negatives,
-                margins=margins_of(context),
-            )
-            if isinstance(group, groups.Group):
-                survivors.append((pool, scale, group))
-            else:
-                rejects.append((pool.query_id, *group))
-    held_out = _held_out([pool for pool, _, _ in survivors], context)
-    whole = not qrels_of(judged.queries, "dev")  # then dev lists must carry the choice of the epoch alone
-    built = []
-    for pool, scale, group in survivors:
-        if _source(pool) not in held_out:
-            built.append((group, "train"))
-        elif not whole:
-            built.append((group, "dev"))
+        for kind, values in scores.items()
+    }
+    return sorted(readings, key=lambda r: r.query_id), scales, sorted(empty) + sorted(inconsistent)
+
+
+def _build(
+    context: Context,
+    judged: Judged,
+    pooled: Callable[..., Iterator[Pooled]],
+    scales: Mapping[str, groups.Scale],
+    rejected: Set[str],
+) -> tuple[list[tuple[groups.Group, str]], list[Reject]]:
+    """The lists with their splits, by kind and query_id, and the queries that none can be made for.
+
+    pooled: reads the pools of these training queries, or of all. rejected: those to pass over.
+    """
+    config = context.config.groups
+    made = partial(groups.build, false_negative_ratio=config.false_negative_ratio)
+    lists: dict[str, groups.Group] = {}
+    sources: dict[str, str] = {}
+    unfit: list[tuple[str, Reject]] = []
+    for each in pooled():
+        if each.pool is None or each.query_id in rejected:
+            continue
+        group = made(
+            each.pool,
+            scales[each.pool.kind],
+            list_size=config.list_size,
+            negatives=config.negatives,
+            margins=margins_of(context),
+        )
+        if isinstance(group, groups.Group):
+            lists[each.query_id], sources[each.query_id] = group, _source(each.pool)
         else:
-            size = len(pool.passage_ids)
-            all_of_it = groups.build(pool, scale, list_size=size, false_negative_ratio=ratio, negatives="top")
-            assert isinstance(all_of_it, groups.Group)
-            built.append((all_of_it, "dev"))
-    return built, rejects, scales
+            unfit.append((each.pool.kind, (each.query_id, *group)))
+    held_out = _held_out(list(sources.values()), context)
+    dev = {query_id for query_id, source in sources.items() if source in held_out}
+    if not qrels_of(judged.queries, "dev"):  # then dev lists must carry the choice of the epoch alone
+        for each in pooled(dev):
+            assert each.pool is not None
+            whole = made(
+                each.pool, scales[each.pool.kind], list_size=len(each.pool.passage_ids), negatives="top"
+            )
+            assert isinstance(whole, groups.Group)
+            lists[each.query_id] = whole
+    built = sorted(lists.values(), key=lambda group: (group.kind, group.query_id))
+    splits = ["dev" if group.query_id in dev else "train" for group in built]
+    return list(zip(built, splits, strict=True)), [reject for _, reject in sorted(unfit)]
 
 
 def _source(pool: groups.Pool) -> str:
@@ -265,13 +256,16 @@ def _source(pool: groups.Pool) -> str:
     return pool.source_id or pool.query_id
 
 
-def _held_out(pools: list[groups.Pool], context: Context) -> set[str]:
-    """The sources held out for dev measures, at least one: the first by a seeded hash."""
+def _held_out(sources: list[str], context: Context) -> set[str]:
+    """The sources held out for dev measures, at least one: the first by a seeded hash.
+
+    sources: of every list, so that a passage with many queries stands there often.
+    """
     train = context.config.train
-    sources = {_source(pool) for pool in pools}
-    share = min(train.dev_share, train.dev_queries / max(1, len(pools)))
-    by_hash = sorted(sources, key=lambda key: digest([context.config.seed, key]))
-    return set(by_hash[: max(1, round(share * len(sources)))])
+    different = set(sources)
+    share = min(train.dev_share, train.dev_queries / max(1, len(sources)))
+    by_hash = sorted(different, key=lambda key: digest([context.config.seed, key]))
+    return set(by_hash[: max(1, round(share * len(different)))])
 
 
 def _samples(rejects: list[Reject], judged: Judged) -> dict[str, list[str]]:
@@ -280,11 +274,7 @@ def _samples(rejects: list[Reject], judged: Judged) -> dict[str, list[str]]:
     for reject in rejects:
         if len(some[reject[1]]) < _SHOWN:
             some[reject[1]].append(reject)
-    table = queries_table(judged.queries)
-    ids = pa.array([key for rows in some.values() for key, _, _ in rows], pa.string())
-    table = table.filter(pa.compute.is_in(table.column("query_id"), value_set=ids))
-    columns = (table.column(name).to_pylist() for name in ("query_id", "text"))
-    texts = dict(zip(*columns, strict=True))
+    texts = query_texts(judged.queries, [key for rows in some.values() for key, _, _ in rows])
     return {
         reason: [f"{texts[key]} ({detail})" if detail else texts[key] for key, _, detail in rows]
         for reason, rows in some.items()

@@ -1,5 +1,7 @@
 """Training lists as the training loop takes them, and the texts behind them, out of the stages' tables."""
 
+from itertools import chain
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -10,7 +12,7 @@ from retrieval_ray.fit import CorpusData
 from retrieval_ray.losses import calibrate_temperature
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.encode import Vectors
-from retrieval_ray.stages.ingest import texts_by_id
+from retrieval_ray.stages.ingest import texts_of
 from retrieval_ray.stages.queries import qrels_of, queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.step import Lists
@@ -45,17 +47,20 @@ def written(negatives: Stage) -> pa.Table:
 
 
 def data_of(corpus: Grouped, depth: int) -> CorpusData:
-    """Read on every worker: only ids travel, texts are looked up."""
+    """Read on every worker: only ids travel, and the texts that they name are looked up."""
     queries = queries_table(corpus.queries)
     if corpus.negatives is not None:  # some stand in both, with the same text
         queries = pa.concat_tables([queries, written(corpus.negatives)])
     qrels = qrels_of(corpus.queries, "dev")
-    fused = rankings_of(corpus.retrieved, FUSED) if qrels else {}
+    fused = rankings_of(corpus.retrieved, FUSED, qrels) if qrels else {}
+    train, dev = lists_of(corpus.groups, "train", corpus.negatives), lists_of(corpus.groups, "dev")
+    dev_pools = {q: [p for p, _ in fused.get(q, [])[:depth]] for q in qrels}
+    named = chain(train.passage_ids, dev.passage_ids, dev_pools.values())
     return CorpusData(
         name=corpus.name,
-        train=lists_of(corpus.groups, "train", corpus.negatives),
-        dev=lists_of(corpus.groups, "dev"),
-        passages=texts_by_id(corpus.corpus),
+        train=train,
+        dev=dev,
+        passages=texts_of(corpus.corpus, chain.from_iterable(named)),
         queries=dict(
             zip(
                 queries.column("query_id").to_pylist(),
@@ -64,7 +69,7 @@ def data_of(corpus: Grouped, depth: int) -> CorpusData:
             )
         ),
         dev_qrels=qrels,
-        dev_pools={q: [p for p, _ in fused.get(q, [])[:depth]] for q in qrels},
+        dev_pools=dev_pools,
     )
 
 

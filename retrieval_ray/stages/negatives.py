@@ -19,7 +19,7 @@ from retrieval_ray.prompts import KINDS
 from retrieval_ray.stages import generate
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.ingest import corpus_table
+from retrieval_ray.stages.ingest import passages
 from retrieval_ray.stages.queries import queries_table, query_row, read_replies, reading
 
 VERSION = 1
@@ -88,14 +88,12 @@ def _first_of_each(queries: pa.Table) -> dict[str, dict[str, object]]:
     return found
 
 
-def _extracted(corpus: Stage, passages: set[str]) -> dict[str, dict[str, object]]:
-    table = corpus_table(corpus)
-    columns = (table.column(name).to_pylist() for name in ("passage_id", "title", "text"))
-    every = sorted(zip(*columns, strict=True))
-    frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in every)
+def _extracted(corpus: Stage, ids: set[str]) -> dict[str, dict[str, object]]:
+    frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in passages(corpus))
+    wanted = sorted(passages(corpus, ids))
     found: dict[str, dict[str, object]] = {}
     for kind in ("span", "title", "keywords"):  # the most like a query first
-        left = [passage for passage in every if passage[0] in passages - found.keys()]
+        left = [passage for passage in wanted if passage[0] not in found]
         for w in extractive(left, frequencies, total, kinds=[kind]):
             found[w.passage_id] = query_row(
                 w.query_id, w.text, w.kind, "negative", w.passage_id, EXTRACTIVE_VERSION

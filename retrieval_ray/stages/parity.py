@@ -1,14 +1,17 @@
 """Does a teacher score alike on another engine or at another precision? Asked of what the store holds."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from retrieval_ray import trust
 from retrieval_ray.artifacts import Location, Stage
+from retrieval_ray.negatives import Scores
 from retrieval_ray.stages.collection import Judged
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.scores import scores_of
+from retrieval_ray.stages.scores import all_scores
 
 
 def run(context: Context, judged: Judged) -> list[dict[str, Any]]:
@@ -20,18 +23,28 @@ def run(context: Context, judged: Judged) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     same_data = _same_data(context.store, judged.retrieved)
-    for name, own in judged.scores.items():
+    for own in judged.scores.values():
         ours = str(own.manifest()["teacher"])
         for other in _stages(context.store, f"{own.name}-"):
             theirs = str(other.manifest()["teacher"])
             same_weights = theirs.partition("-")[0] == ours.partition("-")[0]
             if theirs == ours or not same_weights or other.identity["retrieved"] not in same_data:
                 continue
-            one, another = (scores_of(replace(judged, scores={name: s}))[name] for s in (own, other))
-            compared = trust.parity(one, another)
-            if compared is not None:
-                found.append({"ours": ours, "theirs": theirs, **asdict(compared)})
+            one_N, other_N = _shared(own, other)
+            if len(one_N):
+                found.append({"ours": ours, "theirs": theirs, **asdict(trust.parity(one_N, other_N))})
     return found
+
+
+def _shared(own: Stage, other: Stage) -> tuple[Scores, Scores]:
+    """Both runs' scores of the pairs that both have judged, by query and passage."""
+    keys = ["query_id", "passage_id"]
+    both = all_scores(own).join(
+        all_scores(other), keys, join_type="inner", right_suffix="_of_other", use_threads=False
+    )
+    both = both.sort_by([(key, "ascending") for key in keys])
+    one_N, other_N = (both.column(name).to_numpy().astype(np.float64) for name in ("score", "score_of_other"))
+    return one_N, other_N
 
 
 def _same_data(store: Location, retrieved: Stage) -> set[str]:

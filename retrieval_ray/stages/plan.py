@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from retrieval_ray.datasets import read_corpus, read_judged, read_log, read_log_file
+from retrieval_ray.datasets import judged_ids, passages_of, read_judged, read_log, read_log_file, survey
 from retrieval_ray.sources import open_source
 from retrieval_ray.stages import forecast
 from retrieval_ray.stages.context import STAGES, Context, WouldRun
@@ -31,8 +31,11 @@ def _amounts(context: Context) -> list[str]:
     lines = [f"stages: {', '.join(STAGES)}"]
     for dataset in config.corpora():
         source = open_source(dataset.path)
-        corpus, _ = read_corpus(source)
-        ids = set(corpus.column("passage_id").to_pylist())
+        count = survey(source).passages
+        named = {
+            p for split in (dataset.split, dataset.dev_split) if split for p in judged_ids(source, split)
+        }
+        ids = {key for key, _, _ in passages_of(source) if key in named}
         judged = set(read_judged(source, dataset.split, ids, max_queries=dataset.max_queries).texts)
         if dataset.dev_split:
             judged |= set(read_judged(source, dataset.dev_split, ids).texts)
@@ -46,18 +49,17 @@ def _amounts(context: Context) -> list[str]:
         if "extractive" in sources:
             training += min(
                 config.queries.extractive_max,
-                config.queries.extractive_per_passage * corpus.num_rows,
+                config.queries.extractive_per_passage * count,
             )
         calls = 0
         if "llm" in sources:
-            columns = (corpus.column(name).to_pylist() for name in ("passage_id", "title", "text"))
-            cost = forecast.of(context, list(zip(*columns, strict=True)), titles=dataset.titles)
+            cost = forecast.of(context, sorted(passages_of(source)), titles=dataset.titles)
             calls, training = cost.requests, training + cost.requests
             lines += cost.lines()
         training = min(training, config.queries.max_queries)
         pairs = (training + len(judged)) * config.teacher.depth
         lines.append(
-            f"{source.name}: {corpus.num_rows:,} passages to encode (twice: base and adapted), "
+            f"{source.name}: {count:,} passages to encode (twice: base and adapted), "
             f"up to {training:,} training queries from {' and '.join(sources)}, {len(judged):,} judged "
             f"queries, up to {pairs:,} pairs for the teacher ({config.teacher.kind}), {calls:,} LLM calls"
         )

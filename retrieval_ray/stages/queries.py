@@ -2,10 +2,11 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Stage, bucket_count, bucket_of, digest, part_name, stage
@@ -26,7 +27,7 @@ from retrieval_ray.sources import Source
 from retrieval_ray.stages.collection import Collection
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.generate import replies_of
-from retrieval_ray.stages.ingest import corpus_table, duplicates, texts_by_id
+from retrieval_ray.stages.ingest import duplicates, judged_passages, passages, texts_of
 
 VERSION = 3
 _SHOWN = 5  # samples of each reason
@@ -57,16 +58,14 @@ class Asked:
 def asked(context: Context, dataset: DatasetConfig, source: Source, corpus: Stage) -> Asked:
     """Read and check what people asked; before an LLM is, because what is wrong here ends the job."""
     sources = sources_of(context.config.queries, dataset)
-    passage_ids = set(corpus_table(corpus).column("passage_id").to_pylist())
     least = dataset.relevance_threshold
-    test = read_judged(
-        source, dataset.split, passage_ids, max_queries=dataset.max_queries, relevance_threshold=least
-    )
-    dev = (
-        read_judged(source, dataset.dev_split, passage_ids, relevance_threshold=least)
-        if dataset.dev_split
-        else None
-    )
+
+    def read(split: str, max_queries: int | None) -> Judged:
+        known = judged_passages(corpus, source, split)
+        return read_judged(source, split, known, max_queries=max_queries, relevance_threshold=least)
+
+    test = read(dataset.split, dataset.max_queries)
+    dev = read(dataset.dev_split, None) if dataset.dev_split else None
     overlap = test.texts.keys() & (dev.texts.keys() if dev else set())
     if overlap:
         raise UserError(
@@ -155,6 +154,13 @@ def queries_table(queries: Stage) -> pa.Table:
     return schema.check(queries.read_all("queries-"), "queries", queries.folder.path)
 
 
+def query_texts(queries: Stage, ids: Iterable[str]) -> dict[str, str]:
+    """The texts of these queries."""
+    table, wanted = queries_table(queries), pa.array(sorted(set(ids)), pa.string())
+    table = table.filter(pc.is_in(table.column("query_id"), value_set=wanted))
+    return dict(zip(*(table.column(name).to_pylist() for name in ("query_id", "text")), strict=True))
+
+
 def qrels_of(queries: Stage, split: str) -> dict[str, dict[str, int]]:
     """The judgements of ``dev`` or ``test``; empty where the split is not judged."""
     part = f"qrels-{split}.parquet"
@@ -179,15 +185,14 @@ def _log(
 
 def _extracted(config: QueriesConfig, corpus: Stage, seed: int) -> list[Written]:
     """Extractive queries of a seeded sample of passages, near-duplicates left out."""
-    table = corpus_table(corpus)
-    columns = (table.column(name).to_pylist() for name in ("passage_id", "title", "text"))
-    passages = sorted(zip(*columns, strict=True))
-    frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in passages)
-    left_out = duplicates(corpus)
-    usable = [passage for passage in passages if passage[0] not in left_out]
+    frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in passages(corpus))
+    ids = corpus.read_all("corpus-", ["passage_id"]).column("passage_id")
+    left_out = pa.array(sorted(duplicates(corpus)), pa.string())
+    ids = ids.filter(pc.invert(pc.is_in(ids, value_set=left_out))).sort()
     wanted = -(-config.extractive_max // config.extractive_per_passage)
-    if len(usable) > wanted:
-        usable = sorted(random.Random(seed).sample(usable, wanted))
+    if len(ids) > wanted:
+        ids = ids.take(pa.array(random.Random(seed).sample(range(len(ids)), wanted), pa.int64()))
+    usable = sorted(passages(corpus, ids.to_pylist()))
     kinds = EXTRACTIVE_KINDS[: config.extractive_per_passage]
     return list(extractive(usable, frequencies, total, kinds=kinds))[: config.extractive_max]
 
@@ -202,10 +207,11 @@ def reading(context: Context, generated: Stage | None) -> list[object] | None:
 
 def read_replies(context: Context, corpus: Stage, generated: Stage) -> tuple[list[Row], list[Reject]]:
     """The queries in an LLM's replies, and the replies that hold none, with the reason."""
-    config, texts = context.config, texts_by_id(corpus)
+    config, replies = context.config, replies_of(generated)
+    texts = texts_of(corpus, (row["passage_id"] for row in replies))
     rows: list[Row] = []
     rejects: list[Reject] = []
-    for row in replies_of(generated):
+    for row in replies:
         if row["text"] is None:
             rejects.append((row["query_id"], "no_reply", row["error"] or ""))
             continue

@@ -6,6 +6,7 @@ scores stay those of the first lists, so that only the passages of the training 
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +21,11 @@ from retrieval_ray.progress import say
 from retrieval_ray.stages import encode, negatives, retrieve, score
 from retrieval_ray.stages.collection import Grouped, Judged, Ranked, extend
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.group import judged_pools, margins_of, measured_by_similarity, row_of
+from retrieval_ray.stages.group import margins_of, measured_by_similarity, row_of
+from retrieval_ray.stages.judged_pools import pools_by_part
 from retrieval_ray.stages.judges import Judge
 from retrieval_ray.stages.queries import queries_table
-from retrieval_ray.stages.retrieve import rankings_of
+from retrieval_ray.stages.scores import ByQuery
 
 VERSION = 1
 _FACTS = ("rows", "renewed", "new_negatives", "kept", "judged", "from_cache", "seconds")
@@ -88,10 +90,12 @@ def _mine(
     ranked = retrieve.run(now, encoded, first.retrievers, note, others=first.retrieved)
     # The teachers are those of the first round, also where one is the student of then.
     judged = score.run(context, extend(first, Ranked, retrieved=ranked.retrieved), judges, first.groups)
-    renewed = _Renewal(context, first, judged)
+    first_rows = first.groups.read("groups.parquet").to_pylist()
+    trained = {row["query_id"]: row for row in first_rows if row["split"] == "train"}
+    renewed = dict(_renewed_lists(context, first, judged, trained, target))
     rows, kept, shares = [], Counter[str](), []
-    for row in first.groups.read("groups.parquet").to_pylist():
-        made = renewed.of(row) if row["split"] == "train" else None
+    for row in first_rows:
+        made = renewed.get(row["query_id"])
         if isinstance(made, groups.Group):
             shares.append(len(set(made.passage_ids) - set(row["passage_ids"])) / (len(made.passage_ids) - 1))
             row = row_of(first.name, made, "train")
@@ -119,43 +123,48 @@ def _mine(
     encoded.passages.folder.remove()  # as large as the corpus, and never read again
 
 
-class _Renewal:
-    """Makes training lists anew out of the pools of ``judged``, on the scales of the first ones."""
+def _renewed_lists(
+    context: Context, first: Grouped, judged: Judged, trained: dict[str, dict[str, Any]], target: Stage
+) -> Iterator[tuple[str, groups.Group | tuple[str, str]]]:
+    """The new list of each of these rows of the groups table, or (reason, detail) why the old one is kept.
 
-    def __init__(self, context: Context, first: Grouped, judged: Judged) -> None:
-        self.config, self.margins = context.config.groups, margins_of(context)
-        depth = context.config.teacher.depth
-        self.before, self.pools = judged_pools(first, depth), judged_pools(judged, depth)
-        by_similarity = measured_by_similarity(context)
-        self.similar = rankings_of(judged.retrieved, "dense") if by_similarity else None
-        manifest = first.groups.manifest()
-        self.weights: dict[str, float] = manifest["gate"]["weights"]
-        self.scales = {kind: groups.Scale(**values) for kind, values in manifest["scales"].items()}
-        table = queries_table(first.queries)
-        columns = (table.column(name).to_pylist() for name in ("query_id", "passage_id"))
-        self.sources = dict(zip(*columns, strict=True))
-
-    def of(self, row: dict[str, Any]) -> groups.Group | tuple[str, str]:
-        """The new list of a row of the groups table, or (reason, detail) why the old one is kept."""
-        key = row["query_id"]
-        if key not in self.pools:
-            return "nothing_retrieved", ""
-        first = self.before[key]
-        held = with_passage(self.pools[key], row["positive_id"], first)
-        if len(held.passage_ids) < self.config.list_size:
-            return "short_list", f"{len(held.passage_ids)} passages"
-        scores_N = groups.combine(held.teachers, self.weights, first.teachers)
-        pool = groups.Pool(key, row["kind"], self.sources[key], held.passage_ids, scores_N)
-        if self.similar is not None:
-            pool = groups.with_similarities(pool, self.similar.get(key, []))
-        return groups.build(
-            pool,
-            self.scales[row["kind"]],
-            list_size=self.config.list_size,
-            false_negative_ratio=self.config.false_negative_ratio,
-            negatives=self.config.negatives,
-            margins=self.margins,
-        )
+    One part of queries is held at a time.
+    """
+    config, depth = context.config.groups, context.config.teacher.depth
+    margins, by_similarity = margins_of(context), measured_by_similarity(context)
+    manifest = first.groups.manifest()
+    weights: dict[str, float] = manifest["gate"]["weights"]
+    scales = {kind: groups.Scale(**values) for kind, values in manifest["scales"].items()}
+    table = queries_table(first.queries)
+    columns = (table.column(name).to_pylist() for name in ("query_id", "passage_id"))
+    sources = dict(zip(*columns, strict=True))
+    with target.scratch() as old, target.scratch() as new:
+        parts = [pools_by_part(each, ByQuery(each, at), depth) for each, at in ((first, old), (judged, new))]
+        for (before, _), (pools, rankings) in zip(*parts, strict=True):
+            for key in before.keys() & trained.keys():
+                row = trained[key]
+                if key not in pools:
+                    yield key, ("nothing_retrieved", "")
+                    continue
+                held = with_passage(pools[key], row["positive_id"], before[key])
+                if len(held.passage_ids) < config.list_size:
+                    yield key, ("short_list", f"{len(held.passage_ids)} passages")
+                    continue
+                scores_N = groups.combine(held.teachers, weights, before[key].teachers)
+                pool = groups.Pool(key, row["kind"], sources[key], held.passage_ids, scores_N)
+                if by_similarity:
+                    pool = groups.with_similarities(pool, rankings["dense"].get(key, []))
+                yield (
+                    key,
+                    groups.build(
+                        pool,
+                        scales[row["kind"]],
+                        list_size=config.list_size,
+                        false_negative_ratio=config.false_negative_ratio,
+                        negatives=config.negatives,
+                        margins=margins,
+                    ),
+                )
 
 
 def with_passage(pool: JudgedPool, passage_id: str, first: JudgedPool) -> JudgedPool:

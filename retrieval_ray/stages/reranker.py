@@ -18,7 +18,7 @@ from retrieval_ray.progress import progress, say
 from retrieval_ray.sources import Source
 from retrieval_ray.stages.collection import Collection, Ranked
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.ingest import corpus_table, passage_text, some_passages
+from retrieval_ray.stages.ingest import judged_passages, passage_text, some_passages
 from retrieval_ray.stages.queries import qrels_of, queries_table, query_row, write_tables
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 
@@ -49,10 +49,14 @@ def judged_queries(context: Context, dataset: DatasetConfig, source: Source, cor
             f"reranker.split: '{config.split}' is the split that '{source.name}' reports (dataset.split); a "
             "teacher trained on it could never be judged there"
         )
-    ids = set(corpus_table(corpus).column("passage_id").to_pylist())
-    least = dataset.relevance_threshold
-    judged = read_judged(source, config.split, ids, max_queries=config.max_queries, relevance_threshold=least)
-    held_out = _held_out(dataset, source, ids)
+    judged = read_judged(
+        source,
+        config.split,
+        judged_passages(corpus, source, config.split),
+        max_queries=config.max_queries,
+        relevance_threshold=dataset.relevance_threshold,
+    )
+    held_out = _held_out(dataset, source, corpus)
     texts = {
         key: text
         for key, text in judged.texts.items()
@@ -79,7 +83,7 @@ def judged_queries(context: Context, dataset: DatasetConfig, source: Source, cor
         ]
         kept = {"train": Judged(texts, rows, judged.warnings, judged.rejects)}
         write_tables(context, target, table, kept, rejects_table("queries", dropped), len(table))
-    return Collection(source.name, dataset.split, least, corpus, None, target)
+    return Collection(source.name, dataset.split, dataset.relevance_threshold, corpus, None, target)
 
 
 def run(context: Context, corpora: list[Ranked], base: Model) -> Stage:
@@ -113,10 +117,11 @@ def run(context: Context, corpora: list[Ranked], base: Model) -> Stage:
     return target
 
 
-def _held_out(dataset: DatasetConfig, source: Source, ids: set[str]) -> dict[str, str]:
+def _held_out(dataset: DatasetConfig, source: Source, corpus: Stage) -> dict[str, str]:
     """Ids and plain texts of the queries that are reported; none where the collection has no such split."""
     try:
-        texts = read_judged(source, dataset.split, ids).texts
+        known = judged_passages(corpus, source, dataset.split)
+        texts = read_judged(source, dataset.split, known).texts
     except UserError as error:
         say(f"  no queries of '{source.name}' are held out as '{dataset.split}': {error}")
         return {}
@@ -133,7 +138,7 @@ def _pairs(context: Context, corpus: Ranked) -> pa.Table:
     qrels = qrels_of(corpus.queries, "train")
     rankings = {
         q: [p for p, _ in ranking[: config.pool]]
-        for q, ranking in rankings_of(corpus.retrieved, FUSED).items()
+        for q, ranking in rankings_of(corpus.retrieved, FUSED, qrels).items()
     }
     by_hash = sorted(qrels, key=lambda key: digest([context.config.seed, key]))
     dev = set(by_hash[: min(config.dev_queries, len(qrels) // 10)])

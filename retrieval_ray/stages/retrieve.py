@@ -5,11 +5,12 @@ one block of each (searchers.py). Partial rankings are then merged per part of q
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrieval_ray import bm25, ivf, schema
 from retrieval_ray.artifacts import Stage, part_name, stage
@@ -30,7 +31,7 @@ from retrieval_ray.stages.searchers import (
     run_table,
 )
 
-__all__ = ["FUSED", "bm25_of", "rankings_of", "run"]
+__all__ = ["FUSED", "bm25_of", "rankings_in", "rankings_of", "run"]
 VERSION = 3
 FUSED = "fused"
 _PART_ROWS = 512  # about as many queries as a part holds
@@ -218,13 +219,27 @@ def _rankings(table: pa.Table) -> dict[str, Ranking]:
     return dict(found)
 
 
-def rankings_of(retrieved: Stage, retriever: str) -> dict[str, Ranking]:
-    """One retriever's rankings by query_id."""
+def rankings_of(retrieved: Stage, retriever: str, queries: Iterable[str] | None = None) -> dict[str, Ranking]:
+    """One retriever's rankings by query_id: of these queries, or of all."""
+    wanted = None if queries is None else pa.array(sorted(set(queries)), pa.string())
     parts = []
     for name in retrieved.parts():
         table = schema.check(retrieved.read(name), "run", retrieved.folder.path)
-        parts.append(table.filter(pa.compute.equal(table.column("retriever"), retriever)))
+        keep = pc.equal(table.column("retriever"), retriever)
+        if wanted is not None:
+            keep = pc.and_(keep, pc.is_in(table.column("query_id"), value_set=wanted))
+        parts.append(table.filter(keep))
     return _rankings(pa.concat_tables(parts))
+
+
+def rankings_in(retrieved: Stage, number: int) -> dict[str, dict[str, Ranking]]:
+    """Every retriever's rankings by query_id, of one part of queries."""
+    name = part_name("run", number, "parquet")
+    table = schema.check(retrieved.read(name), "run", retrieved.folder.path)
+    return {
+        retriever: _rankings(table.filter(pc.equal(table.column("retriever"), retriever)))
+        for retriever in table.column("retriever").unique().to_pylist()
+    }
 
 
 def _search_depth(corpus: Stage, depth: int) -> int:

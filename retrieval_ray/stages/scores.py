@@ -1,23 +1,102 @@
 """The scores table of a stage: written part by part, read by teacher and pair."""
 
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrieval_ray import schema
-from retrieval_ray.artifacts import Stage, part_name
+from retrieval_ray.artifacts import Location, Stage, part_name
 from retrieval_ray.datasets import rejects_table
 from retrieval_ray.filters import Reject
 from retrieval_ray.stages.collection import Judged
+from retrieval_ray.stages.pool import PAIRS
+
+Raw = dict[tuple[str, str], float]  # by (query_id, passage_id)
 
 
-def scores_of(judged: Judged) -> dict[str, dict[tuple[str, str], float]]:
-    """Raw scores by teacher and (query_id, passage_id); a pair that could not be judged is not there."""
-    found = {}
+def scores_of(judged: Judged, queries: Iterable[str] | None = None) -> dict[str, Raw]:
+    """Raw scores by teacher of these queries, or of all; a pair that could not be judged is not there."""
+    wanted = None if queries is None else pa.array(sorted(set(queries)), pa.string())
+    found: dict[str, Raw] = {}
     for teacher, scores in judged.scores.items():
-        table = scores.read_all("scores-", ["query_id", "passage_id", "score"])
-        q, p, s = (table.column(c).to_pylist() for c in ("query_id", "passage_id", "score"))
-        found[teacher] = dict(zip(zip(q, p, strict=True), s, strict=True))
+        found[teacher] = {}
+        for table in _tables(scores):
+            if wanted is not None:
+                table = table.filter(pc.is_in(table.column("query_id"), value_set=wanted))
+            found[teacher] |= _by_pair(table)
     return found
+
+
+def all_scores(scores: Stage) -> pa.Table:
+    """All raw scores of a teacher, without its name."""
+    return pa.concat_tables(_tables(scores))
+
+
+class ByQuery:
+    """Raw scores by part of the queries table.
+
+    They lie by part of the corpus, so they are turned around once, on disk: files of about a million
+    pairs, each sorted by part of queries. Memory: one such file, and an index of the query ids.
+    """
+
+    def __init__(self, judged: Judged, folder: str) -> None:
+        """folder: for temporary files, about as large as the scores."""
+        self._parts = int(judged.queries.manifest()["buckets"])
+        names = [part_name("queries", number, "parquet") for number in range(self._parts)]
+        ids = [judged.queries.read(name, ["query_id"]).column("query_id") for name in names]
+        self._part_Q = np.repeat(np.arange(self._parts), [len(column) for column in ids])
+        self._ids = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string())
+        self._files = {
+            teacher: [
+                self._turn(table, f"{folder}/{at}-{number}.arrow")
+                for number, table in enumerate(_blocks(scores))
+            ]
+            for at, (teacher, scores) in enumerate(judged.scores.items())
+        }
+
+    def part(self, number: int) -> dict[str, Raw]:
+        """The scores of the queries of part ``number``, by teacher."""
+        found: dict[str, Raw] = {}
+        for teacher, files in self._files.items():
+            found[teacher] = {}
+            for path, starts in files:
+                table = Location.of(path).read_table()
+                found[teacher] |= _by_pair(table.slice(starts[number], starts[number + 1] - starts[number]))
+        return found
+
+    def _turn(self, table: pa.Table, path: str) -> tuple[str, list[int]]:
+        """Write the table by part of queries; where it lies, and where each part begins."""
+        part_N = self._part_Q[pc.index_in(table.column("query_id"), value_set=self._ids).to_numpy()]
+        order = np.argsort(part_N, kind="stable")
+        with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table.take(order).combine_chunks())
+        return path, np.searchsorted(part_N[order], np.arange(self._parts + 1)).tolist()
+
+
+def _tables(scores: Stage) -> Iterator[pa.Table]:
+    for name in scores.parts():
+        if name.startswith("scores-"):
+            yield scores.read(name, ["query_id", "passage_id", "score"])
+
+
+def _blocks(scores: Stage) -> Iterator[pa.Table]:
+    """The parts in blocks of about a million pairs."""
+    held: list[pa.Table] = []
+    for table in _tables(scores):
+        held.append(table)
+        if sum(map(len, held)) >= PAIRS:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _by_pair(table: pa.Table) -> Raw:
+    queries, passages, scores = (table.column(c).to_pylist() for c in ("query_id", "passage_id", "score"))
+    return dict(zip(zip(queries, passages, strict=True), scores, strict=True))
 
 
 def write_part(

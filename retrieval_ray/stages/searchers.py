@@ -123,8 +123,7 @@ def run_table(rankings: Mapping[str, Ranking], retriever: str) -> pa.Table:
 
 def bm25_of(corpus: Stage) -> bm25.Bm25:
     """The BM25 index of a corpus stage."""
-    buckets = int(corpus.manifest()["buckets"])
-    pairs = sorted(
-        pair for number in range(buckets) for pair in zip(*part_texts(corpus, number, "passage"), strict=True)
-    )
-    return bm25.Bm25([key for key, _ in pairs], [text for _, text in pairs])
+    parts = range(int(corpus.manifest()["buckets"]))
+    ids = [key for number in parts for key in part_texts(corpus, number, "passage")[0]]
+    texts = (text for number in parts for text in part_texts(corpus, number, "passage")[1])
+    return bm25.Bm25(ids, texts)

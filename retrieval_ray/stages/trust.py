@@ -10,7 +10,7 @@ from retrieval_ray import gate, schema, trust
 from retrieval_ray.artifacts import Stage
 from retrieval_ray.stages.collection import Judged
 from retrieval_ray.stages.ingest import passage_text, some_passages
-from retrieval_ray.stages.queries import qrels_of, queries_table
+from retrieval_ray.stages.queries import qrels_of, query_texts
 from retrieval_ray.stages.retrieve import rankings_of
 
 _SHOWN = 8
@@ -56,13 +56,15 @@ def beside_of(groups: Stage) -> dict[str, tuple[float, float]]:
 def facts(
     judged: Judged, findings: Findings, pools: Mapping[str, gate.JudgedPool], weights: gate.Weights
 ) -> dict[str, Any]:
-    """Figures and samples for the manifest. weights: the teacher's, which order the samples' passages."""
+    """Figures and samples for the manifest.
+
+    pools: of the judged dev queries; weights: the teacher's, which order the samples' passages.
+    """
     inverted = trust.most_inverted(findings.readings, _SHOWN)
     lost = trust.heaviest_losses(findings.beside, _SHOWN)
     qrels = qrels_of(judged.queries, "dev") if lost else {}
-    student = (
-        {q: [p for p, _ in row] for q, row in rankings_of(judged.retrieved, "dense").items()} if lost else {}
-    )
+    rankings = rankings_of(judged.retrieved, "dense", [row.query_id for row in lost]) if lost else {}
+    student = {q: [p for p, _ in row] for q, row in rankings.items()}
     orders = {
         row.query_id: gate.rerank(pools[row.query_id], weights) for row in lost if row.query_id in pools
     }
@@ -70,15 +72,7 @@ def facts(
     ids = {p for r in inverted for p in (r.anchor_id, r.best_id)} | set(relevant.values())
     ids |= {order[0] for order in orders.values() if order}
     passages = some_passages(judged.corpus, ids)
-    queries = queries_table(judged.queries)
-    wanted = {r.query_id for r in inverted} | {row.query_id for row in lost}
-    texts = {
-        q: t
-        for q, t in zip(
-            queries.column("query_id").to_pylist(), queries.column("text").to_pylist(), strict=True
-        )
-        if q in wanted
-    }
+    texts = query_texts(judged.queries, [*(r.query_id for r in inverted), *(row.query_id for row in lost)])
 
     def shown(passage_id: str | None) -> str:
         title, text = passages.get(passage_id or "", ("", ""))

@@ -39,6 +39,7 @@ def test_the_same_weights_on_the_same_data_are_compared_and_nothing_else(tmp_pat
     elsewhere = _retrieved(store, "others", "float32")
     own = _scored(store, "cross_encoder@aa-512-float32", ours, {"a": 1.0, "b": 2.0, "c": 4.0})
     _scored(store, "cross_encoder@aa-512-bfloat16", theirs, {"a": 1.25, "b": 2.0, "d": 9.0})
+    _scored(store, "cross_encoder@aa-512-int8", theirs, {"d": 9.0})  # no pair in common
     _scored(store, "cross_encoder@bb-512-bfloat16", ours, {"a": 7.0})  # other weights
     _scored(store, "cross_encoder@aa-512-float16", elsewhere, {"a": 7.0})  # other queries
     unfinished = stage(store, "score-cross_encoder", {"teacher": "cross_encoder@aa-1", "retrieved": "x"})

@@ -12,7 +12,7 @@ import pytest
 from retrieval_ray.artifacts import Stage
 from retrieval_ray.config_file import load
 from retrieval_ray.stages import job
-from retrieval_ray.stages.ingest import texts_by_id
+from retrieval_ray.stages.ingest import passage_text, passages
 from retrieval_ray.stages.queries import queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.student import Student
@@ -101,7 +101,8 @@ def test_every_teacher_judges_exactly_the_heads_of_the_fused_rankings(
 def texts_of(store: Path) -> tuple[dict[str, str], dict[str, str]]:
     table = queries_table(only(store, "queries"))
     queries = dict(zip(*(table.column(c).to_pylist() for c in ("query_id", "text")), strict=True))
-    return queries, texts_by_id(only(store, "corpus"))
+    texts = passages(only(store, "corpus"))
+    return queries, {key: passage_text(title, text, titles=True) for key, title, text in texts}
 
 
 def test_scores_are_those_of_the_models_by_themselves(

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, Stage, bucket_of, part_name, stage
 from retrieval_ray.contentcache import SCORE, ContentCache
-from retrieval_ray.stages import group, pool, query_rows, score, score_lists
+from retrieval_ray.stages import pool, query_rows, score, score_lists
 from retrieval_ray.stages.collection import Judged, Ranked, extend
+from retrieval_ray.stages.judged_pools import judged_pools
 from retrieval_ray.stages.pool import Pairs
 from retrieval_ray.stages.retrieve import rankings_of
 from retrieval_ray.stages.score import Scorer
@@ -330,7 +331,7 @@ def test_a_pair_that_some_teacher_could_not_judge_is_in_no_pool(ranked: Ranked, 
         write_part(stages[name], 0, name, rows, [])
         stages[name].finish([part_name("scores", 0, "parquet")])
     judged = extend(ranked, Judged, scores=stages)
-    pools = group.judged_pools(judged, 6)
+    pools = judged_pools(judged, 6)
     for query_id, own in heads.items():
         left = [p for p in own if (query_id, p) not in missing.values()]
         assert list(pools[query_id].passage_ids) == left
