@@ -40,9 +40,9 @@ from retrieval_ray.stages.ingest import texts_by_id
 from retrieval_ray.stages.queries import qrels_of, queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.step import Lists
-from retrieval_ray.student import Student
+from retrieval_ray.student import Student, default_chunk_tokens
 
-VERSION = 6
+VERSION = 7
 _FAILURES, _ELASTIC_FAILURES = 2, 20  # of workers; machines that announce their going are not counted
 _EXECUTION_KEYS = ("checkpoint_minutes", "activation_gib")
 
@@ -159,7 +159,7 @@ def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> S
         min_warmup_steps=train.min_warmup_steps,
         lr_floor=train.lr_floor,
         passage_tokens=train.passage_tokens,
-        chunk_tokens=train.chunk_tokens,
+        chunk_tokens=train.chunk_tokens or default_chunk_tokens(context.profile.device),
         activation_bytes=None if train.activation_gib is None else int(train.activation_gib * 2**30),
         dropout=train.dropout,
         checkpoint_seconds=60 * train.checkpoint_minutes,
