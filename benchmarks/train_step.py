@@ -46,7 +46,7 @@ from retrieval_ray.batching import cut_chunks
 from retrieval_ray.student import default_chunk_tokens, probe_precision
 
 OURS = ("lean", "within", "ours")  # in this order: `within` needs to know what lean takes
-Pieces = dict[str, list[Any]]  # by side, one a round; and under "differences" what equality was found
+Pieces = dict[str, list[Any]]  # by side, one a round; and the differences that were found, by peer
 
 
 class Notebook:
@@ -97,7 +97,7 @@ def measured(task: Task, notebook: Notebook, options: Any, peers: list[str]) -> 
             break
         peaks: dict[str, float] = {}
         for side in (*peers, *OURS):
-            keep = {"ours": None, "lean": 0}.get(side, 0)
+            keep = None if side == "ours" else 0
             if side == "within":  # graphs take more than they count: the allocator leaves gaps
                 keep = max(0, int(0.8 * 2**20 * (peaks["sentence_transformers"] - peaks["lean"])))
             on = fewer if side in peers else task
