@@ -149,7 +149,7 @@ def report(
         **{name: _short(value) for name, value in more.items()},
         "quick": quick,
         "machine": machine(),
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
     }
     if not quick:
@@ -163,9 +163,12 @@ def _short(value: Any) -> Any:
         return float(f"{value:.4g}")
     if isinstance(value, dict):
         return {key: _short(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_short(entry) for entry in value]
     return value
 
 
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+def commit(of: str = "HEAD") -> str:
+    """The commit that is checked out; or the hash of a folder in it (``HEAD:folder``)."""
+    done = subprocess.run(["git", "rev-parse", "--short", of], capture_output=True, text=True)
     return done.stdout.strip()

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from retrieval_ray.moe import WHERE, Layout, MoELinear
-from retrieval_ray.student import probe_precision
+from retrieval_ray.student import default_chunk_tokens, probe_precision
 
-TOKENS = 8192  # of a chunk, train.chunk_tokens
 SIZES = {"cpu": (384, 1536), "cuda": (1024, 4096)}  # hidden and inner: all-MiniLM-L6-v2, BGE-M3
 MODES = ("encode", "train")
 
@@ -53,7 +52,7 @@ def main() -> None:
         "equal": all(case["equal"] for case in cases),
         "bound": round(1 / 1.3, 3),
         "cases": cases,
-        "tokens": TOKENS,
+        "tokens": default_chunk_tokens(device.type),
         "precision": precision,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
@@ -75,8 +74,9 @@ def _case(device: torch.device, precision: str, layout: Layout, mode: str, round
     layers = {"peer": dense, "ours": MoELinear(copy.deepcopy(dense), layout)}
     # as in the model: a LayerNorm's output, in float32, or an activation's, in the precision of the products
     dtype = torch.bfloat16 if layout.where == "output" and precision == "bfloat16" else torch.float32
-    x = torch.randn(TOKENS // 128, 128, inputs, device=device, dtype=dtype, requires_grad=mode == "train")
-    gradient = torch.randn(TOKENS // 128, 128, outputs, device=device)
+    rows = default_chunk_tokens(device.type) // 128
+    x = torch.randn(rows, 128, inputs, device=device, dtype=dtype, requires_grad=mode == "train")
+    gradient = torch.randn(rows, 128, outputs, device=device)
 
     def run(layer: nn.Module) -> Tensor:
         with (

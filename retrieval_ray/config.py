@@ -208,7 +208,7 @@ class TrainConfig:
     dev_share: float = 0.1  # of the training queries, held out for dev measures
     dev_queries: int = 500  # and about so many at most
     passage_tokens: int | None = None  # training reads passages only so far; null: the student's own
-    chunk_tokens: int = 8192  # of one GradCache chunk, padding included
+    chunk_tokens: int | None = None  # of one GradCache chunk, padding included; null: 2,048, on GPUs 8,192
     activation_gib: float | None = None  # that kept graphs may take; null: a share of what is free
     refresh_steps: int | None = None  # negatives are mined anew every so many steps; null: never
     refresh_epochs: float | None = None  # or of every so many epochs

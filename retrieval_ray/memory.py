@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-_SHARE = {"cuda": 0.8, "cpu": 0.375}  # of what is free; other programs live on a machine too
+_SHARE = {"cuda": 0.8, "cpu": 0.25}  # of what is free; other programs live on a machine too
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
@@ -28,8 +28,8 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
 def activation_bytes(device: torch.device, parameters: int) -> int:
     """What graphs may take between the passes of a training step, measured before the first one.
 
-    A share of the free memory (three eighths of a machine's, split among its workers, or four fifths of a
-    GPU's), less the gradients and AdamW's two moments that are still to come. parameters: trained numbers.
+    A share of the free memory (a quarter of a machine's, split among its workers, or four fifths of a GPU's),
+    less the gradients and AdamW's two moments that are still to come. parameters: trained numbers.
     """
     workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     return max(0, int(free_bytes(device) * _SHARE[device.type] / workers) - 3 * 4 * parameters)

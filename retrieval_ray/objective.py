@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retrieval_ray import losses
 
-_BLOCK_CELLS = 2**22  # scores of one block; in float64, with their copies and gradients, about 300 MiB
+_BLOCK_QUERIES = 64  # their scores, copies and gradients take about what the embeddings in float64 do
 
 
 @dataclass(frozen=True)
@@ -132,16 +132,15 @@ def loss_and_gradient(
     """The terms' values, and the gradient of the loss by the embeddings of all queries, then passages.
 
     embeddings: (queries_UD, passages_ND), normalised. Computed in float64, as in the papers: InfoNCE's
-    temperature magnifies what float32 would round off. Memory: about 10 arrays of ``_BLOCK_CELLS``
-    float64 cells (of one query's N scores, where these are more), and the embeddings in float64, twice.
+    temperature magnifies what float32 would round off. Memory: the embeddings in float64, twice, and about
+    10 arrays of 64 x N.
     """
     leaves = [part.detach().double().requires_grad_() for part in embeddings]
     queries_UD, passages_ND = leaves
     size = len(batch.query_B)
-    rows = max(1, _BLOCK_CELLS // len(passages_ND))
     values: dict[str, float] = {}
-    for start in range(0, size, rows):
-        part = slice(start, min(start + rows, size))
+    for start in range(0, size, _BLOCK_QUERIES):
+        part = slice(start, min(start + _BLOCK_QUERIES, size))
         terms = objective(_block(queries_UD, passages_ND, batch, part))
         share = (part.stop - start) / size
         if terms["loss"].requires_grad:  # not where CLP alone is on and no negative has its query

@@ -230,6 +230,15 @@ def default_token_budget(device: str) -> int:
     return 16_384 if device == "cuda" else 4096
 
 
+def default_chunk_tokens(device: str) -> int:
+    """Tokens of one chunk that goes forward and backward.
+
+    On a CPU a step is as fast with 2,048 as with 8,192 (matrix products have their full rate), its graph
+    takes a quarter, and a batch cut that fine and sorted by length has less than 1 % of padding.
+    """
+    return 8192 if device == "cuda" else 2048
+
+
 def _give_pad_token(tokenizer: Any) -> None:
     """Decoders' tokenizers often have none. What pads is masked, so any token that is there will do."""
     if tokenizer.pad_token is None:

@@ -65,10 +65,10 @@ def test_a_limit_above_what_is_available_changes_nothing_and_one_overrun_leaves_
 def test_this_machine_has_memory_and_its_workers_share_it(monkeypatch):
     assert free_bytes(CPU) > 2**20
     monkeypatch.setattr("retrieval_ray.memory.free_bytes", lambda device: 8 * GIB)
-    assert activation_bytes(CPU, 0) == 3 * GIB
-    assert activation_bytes(CPU, 2**20) == 3 * GIB - 12 * 2**20
+    assert activation_bytes(CPU, 0) == 2 * GIB
+    assert activation_bytes(CPU, 2**20) == 2 * GIB - 12 * 2**20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert activation_bytes(CPU, 0) == 3 * GIB // 4
+    assert activation_bytes(CPU, 0) == GIB // 2
     assert activation_bytes(CPU, 2**40) == 0
 
 

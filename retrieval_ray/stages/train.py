@@ -27,8 +27,9 @@ from retrieval_ray.stages.judges import Judge
 from retrieval_ray.stages.lists import calibrated, lists_of
 from retrieval_ray.stages.trainer import advance, facts_of, lora_of, remove_traces, snapshot, step_bar
 from retrieval_ray.step import Lists
+from retrieval_ray.student import default_chunk_tokens
 
-VERSION = 7
+VERSION = 8
 _NOT_IN_IDENTITY = ("checkpoint_minutes", "activation_gib", "rounds")
 
 
@@ -196,7 +197,7 @@ def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> S
         min_warmup_steps=train.min_warmup_steps,
         lr_floor=train.lr_floor,
         passage_tokens=train.passage_tokens,
-        chunk_tokens=train.chunk_tokens,
+        chunk_tokens=train.chunk_tokens or default_chunk_tokens(context.profile.device),
         activation_bytes=None if train.activation_gib is None else int(train.activation_gib * 2**30),
         dropout=train.dropout,
         checkpoint_seconds=60 * train.checkpoint_minutes,
