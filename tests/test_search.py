@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval_ray.runs import merge
-from retrieval_ray.search import TopK, joined, peak_bytes, search
+from retrieval_ray.search import TopK, peak_bytes, search
 from tests import oracles
 
 
