@@ -89,6 +89,7 @@ def _retrieve(context: Context, encoded: Encoded, retrievers: Sequence[str], lab
                 "target": target,
                 "depth": depth,
                 "device": context.profile.device,
+                "precision": context.profile.precision,
                 "threads": context.profile.threads,
             },
             units,

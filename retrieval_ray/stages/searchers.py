@@ -40,11 +40,13 @@ class Searcher:
         target: Stage,
         depth: int,
         device: str,
+        precision: str,
         threads: int,
     ) -> None:
         self.corpus, self.queries, self.dense, self.indexes = corpus, queries, dense, indexes
         self.shards, self.target, self.depth = shards, target, depth
-        self.device, self.threads = device, threads
+        self.threads = threads
+        self.how = {"device": device, "precision": precision}  # of the product that proposes
         self._bm25: bm25.Bm25 | None = None
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
@@ -76,14 +78,14 @@ class Searcher:
             return
         vectors = Vectors(self.dense[retriever][1], numbers)
         sample_QD = vectors.matrix[:CHECKED_QUERIES]
-        rankings = search(self._blocks(retriever, shard).blocks(), sample_QD, self.depth, device=self.device)
+        rankings = search(self._blocks(retriever, shard).blocks(), sample_QD, self.depth, **self.how)
         found = dict(zip(vectors.ids[:CHECKED_QUERIES], rankings, strict=True))
         self._write(name, found, retriever)
 
     def _nearest(self, retriever: str, shard: int, queries_QD: npt.NDArray[np.floating]) -> list[Ranking]:
         passages = self._blocks(retriever, shard)
         if retriever not in self.indexes or not len(queries_QD):
-            return search(passages.blocks(), queries_QD, self.depth, device=self.device)
+            return search(passages.blocks(), queries_QD, self.depth, **self.how)
         stage, how = self.indexes[retriever]
         name = shard_name(shard)
         hashes = {} if stage.folder.is_local else stage.manifest()["parts"]
