@@ -113,14 +113,17 @@ def partial_name(retriever: str, shard: int, number: int | str) -> str:
 
 def run_table(rankings: Mapping[str, Ranking], retriever: str) -> pa.Table:
     """Rankings by query_id as a run table."""
-    rows: list[tuple[str, str, str, int, float]] = [
-        (retriever, query_id, passage_id, rank, score)
-        for query_id, ranking in rankings.items()
-        for rank, (passage_id, score) in enumerate(ranking, start=1)
-    ]
-    columns: list[Any] = list(zip(*rows, strict=True)) if rows else [()] * 5
-    names = schema.TABLES["run"].names
-    return pa.table(dict(zip(names, map(list, columns), strict=True)), schema=schema.TABLES["run"])
+    counts = [len(ranking) for ranking in rankings.values()]
+    columns = {
+        "retriever": pa.repeat(retriever, sum(counts)),
+        "query_id": pa.array(rankings.keys(), pa.string()).take(
+            pa.array(np.repeat(np.arange(len(counts)), counts))
+        ),
+        "passage_id": [passage_id for ranking in rankings.values() for passage_id, _ in ranking],
+        "rank": [rank for count in counts for rank in range(1, count + 1)],
+        "score": [score for ranking in rankings.values() for _, score in ranking],
+    }
+    return pa.table(columns, schema=schema.TABLES["run"])
 
 
 def bm25_of(corpus: Stage) -> bm25.Bm25:
