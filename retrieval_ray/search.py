@@ -19,7 +19,7 @@ Block = tuple[Sequence[str], Vectors]  # passage ids and their vectors_PD
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HELD = 65_536  # passages whose vectors are kept at hand until what they propose is scored in float64
 _GROUP = 16  # passages whose highest score is looked at first
-_RESCORED = 512  # pairs that are scored in float64 at once: what fits a core's cache
+_RESCORED = 1024  # pairs that are scored in float64 at once
 
 
 def block_sizes(device: str) -> tuple[int, int]:
@@ -33,7 +33,7 @@ def peak_bytes(queries: int, tile: int, dimension: int, k: int) -> int:
     16 D (Q + T)  the queries and a tile, as they come, as they are multiplied, and what rounding changed
     + 6 Q T       its scores and the highest of each group
     + 300 Q k     what was proposed, while it is sorted, and the running top k
-    + 36 D R      R = 512 pairs while they are scored in float64
+    + 36 D R      R = 1,024 pairs while they are scored in float64
     + 2 D H       H = 65,536 passages that are still at hand in float16; nothing where they are mapped
 
     It does not grow with the corpus. Where the product cannot tell more than k passages from the k-th,
@@ -95,8 +95,10 @@ class TopK:
         given_ND = torch.from_numpy(np.concatenate(vectors)).to(self._device)
         given_ND = given_ND.float() if given_ND.dtype == torch.float16 else given_ND
         rounded_ND = given_ND.to(self._dtype)
-        wrong_N = (given_ND - rounded_ND).norm(dim=1).float()
-        return rounded_ND, given_ND.norm(dim=1).float(), wrong_N
+        norm_N = given_ND.norm(dim=1).float()
+        exact = rounded_ND is given_ND
+        wrong_N = torch.zeros_like(norm_N) if exact else (given_ND - rounded_ND).norm(dim=1).float()
+        return rounded_ND, norm_N, wrong_N
 
     def _propose(self) -> None:
         """Multiply the tile, and note what may be in the top k."""
@@ -200,21 +202,20 @@ class Best:
         """Score these pairs, which never came before; rows count through the blocks from the first on."""
         order = np.argsort(row_N, kind="stable")
         query_N, row_N = query_N[order], row_N[order]
-        found = [(self._query, self._passage, self._score)]
-        start = first = 0
-        for ids, vectors_PD in blocks:
-            last = int(np.searchsorted(row_N, start + len(ids)))
-            for at in range(first, last, _RESCORED):
-                query, row = (n[at : min(last, at + _RESCORED)] for n in (query_N, row_N))
-                score = exact_pairs(self._queries_QD[query], vectors_PD[row - start])
-                passage = np.array([ids[place] for place in (row - start).tolist()], dtype=object)
-                finite = np.isfinite(score)
-                found.append((query[finite], passage[finite], score[finite]))
-            start, first = start + len(ids), last
-        self._query, self._passage, self._score = (
-            np.concatenate(column) for column in zip(*found, strict=True)
-        )
-        self._cut()
+        passages: list[str] = []
+        scores: list[npt.NDArray[np.float64]] = []
+        scored = 0
+        for ids, rows_ND in _gathered(row_N, blocks):
+            passages += ids
+            scores.append(exact_pairs(self._queries_QD[query_N[scored : len(passages)]], rows_ND))
+            scored = len(passages)
+        if scored:
+            score_N = np.concatenate(scores)
+            finite = np.isfinite(score_N)
+            self._query = np.concatenate([self._query, query_N[finite]])
+            self._passage = np.concatenate([self._passage, np.array(passages, dtype=object)[finite]])
+            self._score = np.concatenate([self._score, score_N[finite]])
+            self._cut()
 
     def rankings(self) -> list[Ranking]:
         starts = np.searchsorted(self._query, np.arange(len(self._queries_QD) + 1))
@@ -253,6 +254,26 @@ def search(
     for passage_ids, vectors_PD in blocks:
         best.add(passage_ids, vectors_PD)
     return best.rankings()
+
+
+def _gathered(row_N: npt.NDArray[np.int64], blocks: Iterable[Block]) -> Iterator[tuple[list[str], Vectors]]:
+    """Ids and vectors of these rising rows, ``_RESCORED`` at a time."""
+    ids: list[str] = []
+    vectors: list[Vectors] = []
+    start = first = 0
+    for keys, vectors_PD in blocks:
+        last = int(np.searchsorted(row_N, start + len(keys)))
+        while first < last:
+            place = row_N[first : min(last, first + _RESCORED - len(ids))] - start
+            ids += [keys[p] for p in place.tolist()]
+            vectors.append(vectors_PD[place])
+            first += len(place)
+            if len(ids) == _RESCORED:
+                yield ids, np.concatenate(vectors)
+                ids, vectors = [], []
+        start += len(keys)
+    if ids:
+        yield ids, np.concatenate(vectors)
 
 
 def _runs(equal: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
