@@ -31,7 +31,7 @@ from texts import passage_texts, query_texts
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.search import Block, block_sizes, peak_bytes, search
-from retrieval_ray.student import Student
+from retrieval_ray.student import Student, probe_precision
 
 HIDDEN, NEGATIVES, DEPTH = 384, 10, 50
 MINING = ("ours", "mine_hard_negatives", "mine_hard_negatives, faiss")
@@ -138,9 +138,11 @@ def _ours(student: Student, folder: Path, corpus: list[str], anchors: list[str])
         _write_part(parts, start, vectors)
     rows = []
     size, _ = block_sizes("cpu")
+    precision = probe_precision("cpu")
     for start in range(0, len(anchors), size):
         queries_QD = student.encode(anchors[start : start + size], "query", token_budget=4096)
-        for n, ranking in enumerate(search(_blocks(parts), queries_QD, DEPTH), start=start):
+        rankings = search(_blocks(parts), queries_QD, DEPTH, precision=precision)
+        for n, ranking in enumerate(rankings, start=start):
             positive = n % len(corpus)
             rows.append([int(p) for p, _ in ranking if int(p) != positive][:NEGATIVES])
     return np.array(rows)
@@ -151,12 +153,15 @@ def _searching(name: str, folder: Path, passages: int, queries: int) -> Callable
     few = [(ids[:DEPTH], vectors[:DEPTH]) for ids, vectors in itertools.islice(_blocks(folder / "given"), 1)]
     if name == "ours":
         size, _ = block_sizes("cpu")
-        search(few, queries_QD[:8], DEPTH)  # what the first call loads is not the search
+        precision = probe_precision("cpu")
+        search(few, queries_QD[:8], DEPTH, precision=precision)  # what the first call loads is not the search
         return lambda: np.array(
             [
                 [int(p) for p, _ in ranking]
                 for start in range(0, queries, size)
-                for ranking in search(_blocks(folder / "given"), queries_QD[start : start + size], DEPTH)
+                for ranking in search(
+                    _blocks(folder / "given"), queries_QD[start : start + size], DEPTH, precision=precision
+                )
             ]
         )
     from sentence_transformers.util import dot_score, semantic_search
@@ -199,7 +204,7 @@ def _write_part(folder: Path, start: int, vectors: np.ndarray) -> None:
 def _blocks(folder: Path) -> Iterator[Block]:
     for path in sorted(folder.glob("*.arrow")):
         table = Location.of(str(path)).read_table()
-        column = table.column("vector").combine_chunks()
+        column = table.column("vector").chunk(0)
         yield (
             table.column("id").to_pylist(),
             column.flatten().to_numpy(zero_copy_only=False).reshape(-1, HIDDEN),

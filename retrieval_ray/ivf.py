@@ -12,12 +12,11 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_ray.runs import Ranking, exact_pairs, top_k
-from retrieval_ray.search import Block, Vectors, joined
+from retrieval_ray.runs import Ranking
+from retrieval_ray.search import Best, Block, Vectors
 
 POINTS_PER_CLUSTER = 39  # FAISS warns under it
 _CODES = 256  # of one byte
-_RANKED = 4096  # pairs that are scored at once, and passages that are read at once
 KINDS = {"ivf": "IVF{nlist},SQfp16", "ivfpq": "IVF{nlist},PQ{pq_bytes}x8"}
 
 
@@ -102,15 +101,7 @@ def ranked(
 
     blocks: the passages that the numbers count, read once from the first to the last.
     """
-    rows: list[list[tuple[str, float]]] = [[] for _ in queries_QD]
-    start = 0
-    for ids, vectors_PD in joined(blocks, _RANKED):
-        queries, columns = np.nonzero((proposed_QW >= start) & (proposed_QW < start + len(ids)))
-        for at in range(0, len(queries), _RANKED):
-            query = queries[at : at + _RANKED]
-            place = proposed_QW[query, columns[at : at + _RANKED]] - start
-            scores = exact_pairs(queries_QD[query], vectors_PD[place])
-            for q, p, score in zip(query, place, scores.tolist(), strict=True):
-                rows[q].append((ids[p], score))
-        start += len(ids)
-    return [top_k([p for p, _ in row], [score for _, score in row], k) for row in rows]
+    queries, columns = np.nonzero(proposed_QW >= 0)
+    best = Best(queries_QD, k)
+    best.add(queries, proposed_QW[queries, columns], blocks)
+    return best.rankings()

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Ranking = list[tuple[str, float]]  # (passage_id, score), best first
 
@@ -47,7 +48,13 @@ def exact_pairs(
     queries_ND: npt.NDArray[np.floating], passages_ND: npt.NDArray[np.floating]
 ) -> npt.NDArray[np.float64]:
     """Dot products of row n with row n in float64; the same numbers as ``exact_dot``'s."""
-    products: npt.NDArray[np.float64] = passages_ND.astype(np.float64, order="C")
-    products *= queries_ND.astype(np.float64, copy=False)
-    summed: npt.NDArray[np.float64] = products.sum(axis=1)
+    half = passages_ND.dtype == queries_ND.dtype == np.float16
+    wide = torch.float32 if half else torch.float64  # products of float16 are exact in float32 already
+    products_ND = _tensor(passages_ND).to(wide) * _tensor(queries_ND).to(wide)
+    summed: npt.NDArray[np.float64] = products_ND.double().numpy().sum(axis=1)
     return summed
+
+
+def _tensor(vectors: npt.NDArray[np.floating]) -> torch.Tensor:
+    """PyTorch widens float16 ten times as fast as NumPy; what it cannot write to, it gets a copy of."""
+    return torch.from_numpy(np.require(vectors, requirements=["C", "W"]))

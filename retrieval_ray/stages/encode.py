@@ -153,7 +153,8 @@ class Vectors:
         """(ids, vectors_ND) part by part; the vectors are views of the mapped file."""
         for name in self._names:
             table = (self._folder / name).near(self._hashes.get(name, "")).read_table()
-            column = table.column("vector").combine_chunks()
+            column = table.column("vector")
+            column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # this copies
             flat = column.flatten().to_numpy(zero_copy_only=False)
             yield table.column("id").to_pylist(), flat.reshape(len(column), column.type.list_size)
 

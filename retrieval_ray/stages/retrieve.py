@@ -105,6 +105,7 @@ def _retrieve(
                 "target": target,
                 "depth": depth,
                 "device": context.profile.device,
+                "precision": context.profile.precision,
                 "threads": context.profile.threads,
             },
             units,

@@ -40,11 +40,13 @@ class Searcher:
         target: Stage,
         depth: int,
         device: str,
+        precision: str,
         threads: int,
     ) -> None:
         self.corpus, self.queries, self.dense, self.indexes = corpus, queries, dense, indexes
         self.shards, self.target, self.depth = shards, target, depth
-        self.device, self.threads = device, threads
+        self.threads = threads
+        self.how = {"device": device, "precision": precision}  # of the product that proposes
         self._bm25: bm25.Bm25 | None = None
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
@@ -76,14 +78,14 @@ class Searcher:
             return
         vectors = Vectors(self.dense[retriever][1], numbers)
         sample_QD = vectors.matrix[:CHECKED_QUERIES]
-        rankings = search(self._blocks(retriever, shard).blocks(), sample_QD, self.depth, device=self.device)
+        rankings = search(self._blocks(retriever, shard).blocks(), sample_QD, self.depth, **self.how)
         found = dict(zip(vectors.ids[:CHECKED_QUERIES], rankings, strict=True))
         self._write(name, found, retriever)
 
     def _nearest(self, retriever: str, shard: int, queries_QD: npt.NDArray[np.floating]) -> list[Ranking]:
         passages = self._blocks(retriever, shard)
         if retriever not in self.indexes or not len(queries_QD):
-            return search(passages.blocks(), queries_QD, self.depth, device=self.device)
+            return search(passages.blocks(), queries_QD, self.depth, **self.how)
         stage, how = self.indexes[retriever]
         name = shard_name(shard)
         hashes = {} if stage.folder.is_local else stage.manifest()["parts"]
@@ -111,14 +113,17 @@ def partial_name(retriever: str, shard: int, number: int | str) -> str:
 
 def run_table(rankings: Mapping[str, Ranking], retriever: str) -> pa.Table:
     """Rankings by query_id as a run table."""
-    rows: list[tuple[str, str, str, int, float]] = [
-        (retriever, query_id, passage_id, rank, score)
-        for query_id, ranking in rankings.items()
-        for rank, (passage_id, score) in enumerate(ranking, start=1)
-    ]
-    columns: list[Any] = list(zip(*rows, strict=True)) if rows else [()] * 5
-    names = schema.TABLES["run"].names
-    return pa.table(dict(zip(names, map(list, columns), strict=True)), schema=schema.TABLES["run"])
+    counts = [len(ranking) for ranking in rankings.values()]
+    columns = {
+        "retriever": pa.repeat(retriever, sum(counts)),
+        "query_id": pa.array(rankings.keys(), pa.string()).take(
+            pa.array(np.repeat(np.arange(len(counts)), counts))
+        ),
+        "passage_id": [passage_id for ranking in rankings.values() for passage_id, _ in ranking],
+        "rank": [rank for count in counts for rank in range(1, count + 1)],
+        "score": [score for ranking in rankings.values() for _, score in ranking],
+    }
+    return pa.table(columns, schema=schema.TABLES["run"])
 
 
 def bm25_of(corpus: Stage) -> bm25.Bm25:

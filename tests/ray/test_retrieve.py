@@ -52,8 +52,10 @@ def test_vectors_by_part_by_id_and_whole(
     for key, vector in zip(every.ids, every.matrix, strict=True):
         assert np.array_equal(vector, vectors[key])
     assert every.ids == [key for ids, _ in every.blocks() for key in ids]
-    for _, block in every.blocks():
-        assert not block.flags.owndata and not block.flags.writeable  # a view of the file
+    allocated = pa.total_allocated_bytes()
+    held = list(every.blocks())
+    assert pa.total_allocated_bytes() == allocated  # views of the file
+    assert not any(block.flags.writeable for _, block in held)
     wanted = ["p7", "p30", "p7", "p0"]
     assert np.array_equal(Vectors.all(made).of(wanted), np.stack([vectors[key] for key in wanted]))
     assert Vectors(made, [1]).ids == list(vectors)[1::3]
