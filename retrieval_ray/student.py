@@ -234,8 +234,8 @@ def default_chunk_tokens(device: str) -> int:
     """Tokens of one chunk that goes forward and backward.
 
     On a CPU a step is as fast with 2,048 as with 8,192 (matrix products have their full rate) and its graph
-    takes a quarter. A batch sorted by length and cut so has .3 to .8 % of padding at 512 lists of 20 (SciFact,
-    CosQA, SQuAD; .6 to 2 % at 64): attention without padding would save nothing more.
+    takes a quarter. A batch sorted by length and cut so has .3 to .8 % of padding at 512 lists of 20
+    (SciFact, CosQA, SQuAD; .6 to 2 % at 64): attention without padding would save nothing more.
     """
     return 8192 if device == "cuda" else 2048
 
