@@ -27,7 +27,7 @@ def gradients(
 ) -> tuple[float, np.ndarray]:
     """Loss and gradient of a step in float32, all else as ``precision`` would have it. terms: of ours."""
     torch.set_num_threads(threads)
-    runner: Any = _side(side, device, precision, 0)
+    runner: Any = _side(side, device, precision, 0, None)
     runner.student.precision = "float32"
     runner.terms = terms
     loss = runner.loss(task)
@@ -36,14 +36,20 @@ def gradients(
 
 
 def step(
-    side: str, device: str, precision: str, threads: int, task: Task, keep_bytes: int | None
+    side: str,
+    device: str,
+    precision: str,
+    threads: int,
+    task: Task,
+    keep_bytes: int | None,
+    chunk_tokens: int | None,
 ) -> dict[str, float]:
     """Seconds of one step after a small first one; peak and what was there before it, in MiB.
 
-    keep_bytes: of ours, see ``Ours``. Ours also says the device's rate of matrix products.
+    keep_bytes, chunk_tokens: of ours, see ``Ours``. Ours also says the device's rate of matrix products.
     """
     torch.set_num_threads(threads)
-    runner: Any = _side(side, device, precision, keep_bytes)
+    runner: Any = _side(side, device, precision, keep_bytes, chunk_tokens)
     runner.loss(task.first(2))
     runner.model.zero_grad(set_to_none=True)
     loaded = _peak_mib(device)
@@ -58,8 +64,10 @@ def step(
     return found
 
 
-def _side(side: str, device: str, precision: str, keep_bytes: int | None) -> Any:
-    return PEERS[side](device, precision) if side in PEERS else Ours(device, precision, keep_bytes)
+def _side(side: str, device: str, precision: str, keep_bytes: int | None, chunk_tokens: int | None) -> Any:
+    if side in PEERS:
+        return PEERS[side](device, precision)
+    return Ours(device, precision, keep_bytes, chunk_tokens)
 
 
 def _peak_mib(device: str) -> float:

@@ -19,14 +19,17 @@ OBJECTIVE = Objective({"kl": 1.0, "infonce": 0.1}, 0.05, 0.3, 0.02)
 
 
 class Ours:
-    """keep_bytes: what kept graphs may take; None: measured, as in training."""
+    """keep_bytes: what kept graphs may take; None: measured, as in training. chunk_tokens: None: likewise."""
 
-    def __init__(self, device: str, precision: str, keep_bytes: int | None = None) -> None:
+    def __init__(
+        self, device: str, precision: str, keep_bytes: int | None = None, chunk_tokens: int | None = None
+    ) -> None:
         self.student = Student(MODEL, precision=precision, device=device)
         self.student.prepare_training()
         self.model = self.student.model
         self.terms = OBJECTIVE.weights
         self.facts: dict[str, float] = {}  # of the last step
+        self.chunk_tokens = chunk_tokens or default_chunk_tokens(device)
         count = sum(p.numel() for p in self.model.parameters())
         self.keep_bytes = activation_bytes(self.student.device, count) if keep_bytes is None else keep_bytes
 
@@ -37,7 +40,7 @@ class Ours:
             task.rows.__getitem__,
             task.rows.__getitem__,
             replace(OBJECTIVE, weights=self.terms),
-            chunk_tokens=default_chunk_tokens(self.student.device.type),
+            chunk_tokens=self.chunk_tokens,
             keep_bytes=self.keep_bytes,
         )
         self.facts = {what: found[what] for what in ("tokens", "tflop")}

@@ -6,8 +6,8 @@
 Same weights, same lists, no dropout. Shown first: equal loss and gradient in float32. Then rounds: each side
 in turn takes a step in a process of its own; medians, and the peak of the whole process. The sides:
 
-- ours, thrice: with what its kept graphs may take measured (``ours``), held to the peer's peak (``within``),
-  and with nothing kept (``lean``);
+- ours, thrice: with what its kept graphs may take measured (``ours``); held to the peer's peak (``within``);
+  with nothing kept (``lean``). These two with chunks half as large on a CPU, for memory;
 - sentence-transformers, two losses as it ships them: CachedMultipleNegativesRankingLoss, and
   DistillKLDivLoss accumulated over micro-batches; the first is also timed by itself (``contrastive``);
 - GradCache, which Tevatron's ``--grad_cache`` calls, around the same model, with InfoNCE alone and with the
@@ -43,9 +43,10 @@ from pieces import alone, gradients, step
 from sides import PEERS
 
 from retrieval_ray.batching import cut_chunks
-from retrieval_ray.student import default_chunk_tokens, probe_precision
+from retrieval_ray.student import WIDTH, default_chunk_tokens, probe_precision
 
 OURS = ("lean", "within", "ours")  # in this order: `within` needs to know what lean takes
+LEAN_CHUNK = {"cpu": 1024, "cuda": None}
 Pieces = dict[str, list[Any]]  # by side, one a round; and the differences that were found, by peer
 
 
@@ -97,11 +98,11 @@ def measured(task: Task, notebook: Notebook, options: Any, peers: list[str]) -> 
             break
         peaks: dict[str, float] = {}
         for side in (*peers, *OURS):
-            keep = None if side == "ours" else 0
+            keep, chunk = (0, LEAN_CHUNK[options.device]) if side in ("lean", "within") else (None, None)
             if side == "within":  # graphs take more than they count: the allocator leaves gaps
                 keep = max(0, int(0.8 * 2**20 * (peaks["sentence_transformers"] - peaks["lean"])))
             on = fewer if side in peers else task
-            common = (side, options.device, options.precision, options.threads, on, keep)
+            common = (side, options.device, options.precision, options.threads, on, keep, chunk)
             piece = notebook.had(side, turn, lambda given=common: alone(step, *given))
             peaks[side] = piece["peak_mib"]
     return notebook.pieces
@@ -124,7 +125,9 @@ def row(task: Task, pieces: Pieces, options: Any, peers: list[str]) -> dict[str,
     lengths = [[len(task.rows[name]) for name in names] for names in kinds]
     budget = default_chunk_tokens(options.device)
     padded = sum(
-        len(chunk) * max(own[i] for i in chunk) for own in lengths for chunk in cut_chunks(own, budget)
+        len(chunk) * -(-own[chunk[0]] // WIDTH) * WIDTH
+        for own in lengths
+        for chunk in cut_chunks(own, budget, multiple=WIDTH)
     )
     limit = max(piece["gemm"] for side in OURS for piece in pieces[side])
     tokens, work = (pieces["ours"][0][what] for what in ("tokens", "tflop"))

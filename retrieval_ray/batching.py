@@ -72,16 +72,16 @@ def excluded_mask(unique: Unique, excluded: Sequence[Sequence[str]]) -> npt.NDAr
     return mask_BN
 
 
-def cut_chunks(lengths: Sequence[int], token_budget: int) -> list[Indices]:
+def cut_chunks(lengths: Sequence[int], token_budget: int, *, multiple: int = 1) -> list[Indices]:
     """Sort by length, then cut so that a chunk's rows times its longest row stay in the budget.
 
     Longest first, so that what does not fit in memory fails at once. A single row over the budget
-    is a chunk of its own. Ties keep their order.
+    is a chunk of its own. Ties keep their order. multiple: the longest row counts as rounded up to one.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     chunks: list[list[int]] = []
     for i in order:
-        longest = lengths[chunks[-1][0]] if chunks else 0
+        longest = -(-lengths[chunks[-1][0]] // multiple) * multiple if chunks else 0
         if chunks and (len(chunks[-1]) + 1) * longest <= token_budget:
             chunks[-1].append(i)
         else:

@@ -23,7 +23,7 @@ from retrieval_ray.balance import Balance
 from retrieval_ray.batching import cut_chunks, deal, excluded_mask, unique_passages
 from retrieval_ray.gradcache import embed_cached, seeded
 from retrieval_ray.objective import Batch, Objective, loss_and_gradient
-from retrieval_ray.student import Role, Student
+from retrieval_ray.student import WIDTH, Role, Student
 from retrieval_ray.throughput import training_flops
 from retrieval_ray.tokens import Tokens
 
@@ -100,7 +100,7 @@ def embed_shared(
     rows = [*queries, *passages]
     pieces: list[Piece] = []
     for role, texts, offset in (("query", queries, 0), ("passage", passages, len(queries))):
-        for chunk in cut_chunks([len(row) for row in texts], chunk_tokens):
+        for chunk in cut_chunks([len(row) for row in texts], chunk_tokens, multiple=WIDTH):
             pieces.append((len(pieces), role, (chunk + offset).tolist()))  # type: ignore[arg-type]
     width = [max(len(rows[i]) for i in piece) for _, _, piece in pieces]
     owner = deal([len(piece) * w for (_, _, piece), w in zip(pieces, width, strict=True)], ranks)

@@ -23,6 +23,9 @@ from retrieval_ray.tokens import Tokens
 Role = Literal["query", "passage"]
 TOKEN_VECTORS = 2  # version of ``token_vectors``, for the ids of scores that are made with them
 _PLAIN_ATTENTION_TOKENS = 512
+# What goes backward is padded to a multiple of so many tokens. Each shape costs a CPU some 4 MiB for good
+# (oneDNN keeps the kernels it made), and blocks of the same few sizes fit where others were freed.
+WIDTH = 8
 
 
 class Student:
@@ -114,7 +117,7 @@ class Student:
     def embed(self, rows: Sequence[Tokens], role: Role) -> Tensor:
         """One forward pass: embeddings_ND in float32, normalised, with a graph where enabled."""
         with self.autocast():
-            vectors = self.model(self._features(rows, role))["sentence_embedding"]
+            vectors = self.model(self._features(rows, role, multiple=WIDTH))["sentence_embedding"]
         return torch.nn.functional.normalize(vectors[:, : self.dimension].float(), dim=-1)
 
     @torch.inference_mode()
@@ -203,9 +206,11 @@ class Student:
         self.model.default_prompt_name = default if default in self.model.prompts else None
         save_model(self.model, folder)
 
-    def _features(self, rows: Sequence[Tokens], role: Role) -> dict[str, Any]:
+    def _features(self, rows: Sequence[Tokens], role: Role, *, multiple: int = 1) -> dict[str, Any]:
         longest = max(map(len, rows))
-        ids_NT = np.full((len(rows), longest), self.model.tokenizer.pad_token_id, dtype=np.int64)
+        limit = int(self.model.max_seq_length or 512)
+        width = max(longest, min(-(-longest // multiple) * multiple, limit))
+        ids_NT = np.full((len(rows), width), self.model.tokenizer.pad_token_id, dtype=np.int64)
         mask_NT = np.zeros_like(ids_NT)
         for n, row in enumerate(rows):  # behind the text, also for decoders: it cannot see what comes after
             ids_NT[n, : len(row)], mask_NT[n, : len(row)] = row, 1
@@ -233,8 +238,9 @@ def default_token_budget(device: str) -> int:
 def default_chunk_tokens(device: str) -> int:
     """Tokens of one chunk that goes forward and backward.
 
-    On a CPU a step is as fast with 2,048 as with 8,192 (matrix products have their full rate), its graph
-    takes a quarter, and a batch cut that fine and sorted by length has less than 1 % of padding.
+    On a CPU a step is as fast with 2,048 as with 8,192 (matrix products have their full rate) and its graph
+    takes a quarter. 512 lists of 20, sorted by length and cut so, have .3 to .8 % of padding, and with widths
+    rounded up to ``WIDTH`` .8 to 4.4 % (SciFact, SQuAD, CosQA): attention without padding would save no more.
     """
     return 8192 if device == "cuda" else 2048
 

@@ -1,5 +1,7 @@
 """Epochs, unique passages and chunks: nothing lost, nothing twice, the same every time."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -106,6 +108,16 @@ def test_no_chunk_could_have_taken_the_row_after_it(lengths, budget):
     chunks = cut_chunks(lengths, budget)
     for chunk, _ in zip(chunks, chunks[1:], strict=False):
         assert (len(chunk) + 1) * max(lengths[i] for i in chunk) > budget
+
+
+@given(LENGTHS.filter(bool), st.integers(1, 120), st.integers(1, 9))
+def test_with_rounded_lengths_a_chunk_holds_what_its_width_allows(lengths, budget, multiple):
+    """As if each row had the rounded length, but for the order of rows that round alike."""
+    chunks = cut_chunks(lengths, budget, multiple=multiple)
+    rounded = [math.ceil(length / multiple) * multiple for length in lengths]
+    assert [len(chunk) for chunk in chunks] == [len(chunk) for chunk in cut_chunks(rounded, budget)]
+    in_order = [lengths[i] for chunk in chunks for i in chunk]
+    assert in_order == sorted(lengths, reverse=True)
 
 
 def test_rows_of_equal_length_keep_their_order():

@@ -397,6 +397,26 @@ def test_embeddings_come_back_in_order_for_any_chunks(student_folder):
         torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
 
 
+def test_chunks_come_in_few_shapes(student_folder):
+    """Widths are multiples of 8 up to the student's limit, and a width that is full has one height."""
+    student, rng = _student(student_folder), np.random.default_rng(0)
+    limit = student.max_tokens["passage"]
+    lengths = [limit - 1, *rng.integers(2, 41, 200)]
+    texts = [np.full(length, 7) for length in lengths]
+    shapes = []
+    student.model[0].register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0]["input_ids"].shape))
+    student.model.max_seq_length = limit - 1  # no multiple of 8: what is longer may have no place
+    embed_shared(student, texts[:1], texts[1:], chunk_tokens=240)
+    assert shapes[0] == (1, limit - 1)
+    assert {width % 8 for _, width in shapes[1:]} == {0}
+    assert len(set(shapes[1:-1])) == len({width for _, width in shapes[1:-1]}) <= 5
+    single = torch.cat(
+        [student.model(student._features([text], "passage"))["sentence_embedding"] for text in texts]
+    )
+    found, _ = embed_shared(student, texts[:1], texts[1:], chunk_tokens=240)
+    torch.testing.assert_close(found, normalize(single, dim=-1).detach(), atol=1e-5, rtol=0)
+
+
 def test_a_loss_that_is_not_finite_names_the_queries(student_folder):
     student = _student(student_folder)
     with torch.no_grad():

@@ -80,8 +80,9 @@ def pools_by_part(
 
 def _pools(rankings: Mapping[str, Ranking], raw: Mapping[str, Raw], depth: int) -> dict[str, gate.JudgedPool]:
     pools = {}
+    by_all = set.intersection(*map(set, raw.values()))
     for query_id, ranking in rankings.items():
-        passages = [p for p, _ in ranking[:depth] if all((query_id, p) in s for s in raw.values())]
+        passages = [p for p, _ in ranking[:depth] if (query_id, p) in by_all]
         pools[query_id] = gate.JudgedPool(
             passages,
             {

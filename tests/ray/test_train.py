@@ -96,4 +96,5 @@ def test_negatives_are_told_the_queries_that_they_answer(tmp_path: Path) -> None
     )
     data = lists.data_of(grouped, 10)  # type: ignore[arg-type]
     assert data.queries == {"a": "an a", **{f"q-{p}": f"what is {p}?" for p in ("p1", "p2", "p4")}}
+    assert data.passages == {f"p{n}": f"text {n}" for n in range(1, 5)}  # of 29: those that lists name
     assert data.train.negative_query_ids == found.negative_query_ids and data.dev.negative_query_ids is None
