@@ -4,7 +4,8 @@
 
 Mining from texts: ours encodes passages in parts to float16 on disk and searches them mapped, with a
 running top k; the peer is sentence-transformers' ``mine_hard_negatives``, with FAISS and without. Searching
-alone: ``search`` on mapped vectors against ``util.semantic_search`` on the same vectors loaded from disk.
+alone: ``search`` on mapped vectors against ``util.semantic_search`` on the same vectors loaded from disk;
+ours proposes in the precision that this machine is fast in.
 The encoder is a tiny random one in float32 for both, so that mining is what is measured.
 
 Every run is a process of its own; memory is its peak above what it held with the model and the texts

@@ -1,5 +1,6 @@
 """How much memory a process may still take: on a GPU, or on a machine or in its container."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def activation_bytes(device: torch.device, parameters: int) -> int:
     """
     workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     return max(0, int(free_bytes(device) * _SHARE[device.type] / workers) - 3 * 4 * parameters)
+
+
+def give_back() -> None:
+    """Give freed memory back to the machine; glibc keeps it, more and more as sizes of batches differ."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _left_in_cgroups(root: Path) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from retrieval_ray.artifacts import Location
 from retrieval_ray.batching import cut_chunks
 from retrieval_ray.errors import UserError
+from retrieval_ray.memory import give_back
 from retrieval_ray.model_files import load_model, resolve_model, save_model
 from retrieval_ray.tokens import Tokens
 
@@ -131,13 +132,17 @@ class Student:
         """
         forward = self._half() if self.precision == "bfloat16" else self.model
         chunks = cut_chunks([len(row) for row in rows], token_budget)
-        found = []
+        found_ND = torch.empty((len(rows), self.dimension), device=self.device)  # chunk by chunk
+        start = 0
         for chunk in chunks:
             vectors = forward(self._features([rows[i] for i in chunk], role))["sentence_embedding"]
-            found.append(torch.nn.functional.normalize(vectors[:, : self.dimension].float(), dim=-1))
-        vectors_ND = np.zeros((len(rows), self.dimension), dtype=np.float32)
-        for chunk, part in zip(chunks, found, strict=True):
-            vectors_ND[chunk] = part.cpu().numpy()
+            vectors = torch.nn.functional.normalize(vectors[:, : self.dimension].float(), dim=-1)
+            found_ND[start : start + len(chunk)] = vectors
+            start += len(chunk)
+            if self.device.type == "cpu":
+                give_back()
+        vectors_ND = np.empty((len(rows), self.dimension), dtype=np.float32)
+        vectors_ND[[row for chunk in chunks for row in chunk]] = found_ND.cpu().numpy()
         return vectors_ND
 
     def _half(self) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -1,9 +1,12 @@
 """Free memory as recorded files of machines and containers say it."""
 
+import sys
+
+import psutil
 import pytest
 import torch
 
-from retrieval_ray.memory import activation_bytes, free_bytes
+from retrieval_ray.memory import activation_bytes, free_bytes, give_back
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -81,3 +84,14 @@ def test_memory_that_the_allocator_holds_unused_is_free():
     assert before - free_bytes(device) == pytest.approx(2**28, rel=0.2)
     del block
     assert free_bytes(device) == pytest.approx(before, rel=0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_was_freed_below_what_is_kept_goes_back_to_the_machine():
+    """128 MiB in pieces that glibc takes from its heap, every hundredth kept on top of freed ones."""
+    process = psutil.Process()
+    pieces = [b"x" * 65_536 for _ in range(2048)]
+    full = process.memory_info().rss
+    del pieces[:-1]
+    give_back()
+    assert full - process.memory_info().rss > 100 * 2**20
