@@ -16,7 +16,7 @@ VERSION = "bm25s-lucene-k1.5-b.75-terms1"
 class Bm25:
     """An index over passages. A query without any known term scores 0 everywhere.
 
-    Memory while it is built: 4 bytes a word and 12 a posting; then 8 a posting, and the ids.
+    Memory: 8 bytes for each different word of a passage, about 45 while it is built (measured), and the ids.
     """
 
     def __init__(self, passage_ids: Sequence[str], texts: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """The groups stage: the teacher gate, then training lists from raw scores. No model runs here.
 
 Pools are made anew at each of two or three readings, a part of queries at a time: what is held of all of
-them is 8 bytes a pair, one reading a query, and the lists.
+them is a teacher's scores (some 20 bytes a pair), one reading a query, and the lists.
 """
 
 from array import array
@@ -150,7 +150,7 @@ def _shown(weights: gate.Weights) -> str:
 
 
 def _values(scores: Stage) -> Scores:
-    found: Scores = all_scores(scores).column("score").to_numpy().astype(np.float64)
+    found: Scores = all_scores(scores, ["score"]).column("score").to_numpy().astype(np.float64)
     return found
 
 

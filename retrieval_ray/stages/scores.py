@@ -1,6 +1,6 @@
 """The scores table of a stage: written part by part, read by teacher and pair."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from retrieval_ray.stages.collection import Judged
 from retrieval_ray.stages.pool import PAIRS
 
 Raw = dict[tuple[str, str], float]  # by (query_id, passage_id)
+_PAIR = ("query_id", "passage_id", "score")
 
 
 def scores_of(judged: Judged, queries: Iterable[str] | None = None) -> dict[str, Raw]:
@@ -30,9 +31,9 @@ def scores_of(judged: Judged, queries: Iterable[str] | None = None) -> dict[str,
     return found
 
 
-def all_scores(scores: Stage) -> pa.Table:
-    """All raw scores of a teacher, without its name."""
-    return pa.concat_tables(_tables(scores))
+def all_scores(scores: Stage, columns: Sequence[str] = _PAIR) -> pa.Table:
+    """These columns of all raw scores of a teacher."""
+    return pa.concat_tables(_tables(scores, columns))
 
 
 class ByQuery:
@@ -76,10 +77,10 @@ class ByQuery:
         return path, np.searchsorted(part_N[order], np.arange(self._parts + 1)).tolist()
 
 
-def _tables(scores: Stage) -> Iterator[pa.Table]:
+def _tables(scores: Stage, columns: Sequence[str] = _PAIR) -> Iterator[pa.Table]:
     for name in scores.parts():
         if name.startswith("scores-"):
-            yield scores.read(name, ["query_id", "passage_id", "score"])
+            yield scores.read(name, list(columns))
 
 
 def _blocks(scores: Stage) -> Iterator[pa.Table]:
@@ -95,7 +96,7 @@ def _blocks(scores: Stage) -> Iterator[pa.Table]:
 
 
 def _by_pair(table: pa.Table) -> Raw:
-    queries, passages, scores = (table.column(c).to_pylist() for c in ("query_id", "passage_id", "score"))
+    queries, passages, scores = (table.column(name).to_pylist() for name in _PAIR)
     return dict(zip(zip(queries, passages, strict=True), scores, strict=True))
 
 
