@@ -153,7 +153,7 @@ def expected(
     count = round(min(train.dev_share, train.dev_queries / len(survivors)) * len(sources))
     held_out = sources[: max(1, count)]
     lists = [
-        group._row(
+        group.row_of(
             "made", one if dev or source not in held_out else every, "dev" if source in held_out else "train"
         )
         for source, one, every in survivors
