@@ -60,14 +60,21 @@ class Context:
         return True
 
     def finish(
-        self, stage: Stage, parts: Sequence[str], *, rows: int, worked: int | None = None, **facts: object
+        self,
+        stage: Stage,
+        parts: Sequence[str],
+        *,
+        rows: int,
+        worked: int | None = None,
+        share: float = 1.0,
+        **facts: object,
     ) -> None:
         """Write the stage's manifest, with the resolved config, wall time and library versions.
 
         rows: of the stage's table. worked: how many of them this run worked on (None: all of them); their
-        rate is the stage's throughput.
+        rate is the stage's throughput. share: of the time since it started that was this stage's.
         """
-        seconds = time.monotonic() - self.started[stage.fingerprint]
+        seconds = share * (time.monotonic() - self.started[stage.fingerprint])
         worked = rows if worked is None else worked
         stage.finish(
             parts,

@@ -5,6 +5,7 @@ parts it has read, named by their content, among its temporary files.
 """
 
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -56,10 +57,53 @@ def run(
 
 
 def _both(context: Context, collection: Collection, note: str) -> tuple[Stage, Stage]:
-    return (
-        _encode(context, collection.corpus, "passage", f"encoding '{collection.name}'{note}"),
-        _encode(context, collection.queries, "query", f"encoding queries of '{collection.name}'{note}"),
+    """The stages of passages and of queries, by the same workers: loading a model may take longer."""
+    passages = _target(context, collection.corpus, "passage")
+    queries = _target(context, collection.queries, "query")
+    todo: dict[Role, tuple[Stage, Stage]] = {}
+    if context.start(passages, f"encoding '{collection.name}'{note}"):
+        todo["passage"] = (collection.corpus, passages)
+    if context.start(queries, f"encoding queries of '{collection.name}'{note}"):
+        todo["query"] = (collection.queries, queries)
+    facts = run_parts(
+        context,
+        f"encoding '{collection.name}'{note}",
+        _Encoder,
+        {
+            "stages": todo,
+            "student": student_arguments(context),
+            "token_budget": context.profile.token_budget,
+        },
+        [
+            {"role": role, "numbers": numbers}
+            for role, (_, target) in todo.items()
+            for numbers in _shares(context, target, _names(todo[role][0]))
+        ],
     )
+    busy = sum(each["seconds"] for each in facts)
+    for role, (texts, target) in todo.items():
+        own = [each for each in facts if each["role"] == role]
+        context.finish(
+            target,
+            _names(texts),
+            rows=int(texts.manifest()["rows"]),
+            worked=sum(each["rows"] for each in own),
+            share=sum(each["seconds"] for each in own) / busy if busy else 1.0,
+            buckets=int(texts.manifest()["buckets"]),
+        )
+    return passages, queries
+
+
+def _names(texts: Stage) -> list[str]:
+    return [part_name("vectors", number, "arrow") for number in range(int(texts.manifest()["buckets"]))]
+
+
+def _shares(context: Context, target: Stage, names: list[str]) -> list[list[int]]:
+    """The missing parts, a few together."""
+    absent = set(target.missing(names))
+    missing = [n for n, name in enumerate(names) if name in absent]
+    at_once = max(1, min(_PARTS_AT_ONCE, len(missing) // (4 * context.config.compute.workers)))
+    return [missing[n : n + at_once] for n in range(0, len(missing), at_once)]
 
 
 def _with_model(context: Context, name: str, student: StudentConfig) -> Context:
@@ -68,7 +112,7 @@ def _with_model(context: Context, name: str, student: StudentConfig) -> Context:
     return replace(context, config=replace(context.config, student=student), chosen_student=model)
 
 
-def _encode(context: Context, texts: Stage, role: Role, label: str) -> Stage:
+def _target(context: Context, texts: Stage, role: Role) -> Stage:
     other = "passage" if role == "query" else "query"  # whose prompt and length change nothing here
     identity = {
         "version": VERSION,
@@ -78,35 +122,7 @@ def _encode(context: Context, texts: Stage, role: Role, label: str) -> Stage:
         "role": role,
         "profile": context.profile.numeric(),
     }
-    target = stage(context.store, "encode", identity)
-    if not context.start(target, label):
-        return target
-    buckets = int(texts.manifest()["buckets"])
-    names = [part_name("vectors", number, "arrow") for number in range(buckets)]
-    absent = set(target.missing(names))
-    missing = [n for n, name in enumerate(names) if name in absent]
-    at_once = max(1, min(_PARTS_AT_ONCE, len(missing) // (4 * context.config.compute.workers)))
-    facts = run_parts(
-        context,
-        label,
-        _Encoder,
-        {
-            "texts": texts,
-            "target": target,
-            "role": role,
-            "student": student_arguments(context),
-            "token_budget": context.profile.token_budget,
-        },
-        [{"numbers": missing[n : n + at_once]} for n in range(0, len(missing), at_once)],
-    )
-    context.finish(
-        target,
-        names,
-        rows=int(texts.manifest()["rows"]),
-        worked=sum(f["rows"] for f in facts),
-        buckets=buckets,
-    )
-    return target
+    return stage(context.store, "encode", identity)
 
 
 def student_arguments(context: Context) -> dict[str, Any]:
@@ -186,40 +202,39 @@ class Vectors:
 
 
 class _Encoder:
-    """Encodes parts one after the other, and tokenises the next one meanwhile."""
+    """Encodes parts one after the other, and tokenises the next one meanwhile.
+
+    stages: by role, the texts' stage and that of their vectors.
+    """
 
     def __init__(
-        self,
-        texts: Stage,
-        target: Stage,
-        role: Role,
-        student: dict[str, Any],
-        token_budget: int,
+        self, stages: dict[Role, tuple[Stage, Stage]], student: dict[str, Any], token_budget: int
     ) -> None:
-        self.texts, self.target, self.role, self.budget = texts, target, role, token_budget
+        self.stages, self.budget = stages, token_budget
         self.student = Student(**student)
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
+        started = time.monotonic()
+        role: Role = part["role"]
+        texts, target = self.stages[role]
         numbers, rows = [int(number) for number in part["numbers"]], 0
         with ThreadPoolExecutor(1) as ahead:
-            tokenised = ahead.submit(self._tokenised, numbers[0])
+            tokenised = ahead.submit(self._tokenised, texts, numbers[0], role)
             for number, following in zip(numbers, [*numbers[1:], None], strict=True):
                 ids, tokens = tokenised.result()
                 if following is not None:
-                    tokenised = ahead.submit(self._tokenised, following)
-                vectors = self.student.encode_tokens(tokens, self.role, token_budget=self.budget)
+                    tokenised = ahead.submit(self._tokenised, texts, following, role)
+                vectors = self.student.encode_tokens(tokens, role, token_budget=self.budget)
                 column = pa.FixedSizeListArray.from_arrays(
                     pa.array(vectors.astype(np.float16).ravel()), self.student.dimension
                 )
-                self.target.write(
-                    part_name("vectors", number, "arrow"), pa.table({"id": ids, "vector": column})
-                )
+                target.write(part_name("vectors", number, "arrow"), pa.table({"id": ids, "vector": column}))
                 rows += len(ids)
-        return {"rows": rows}
+        return {"role": role, "rows": rows, "seconds": time.monotonic() - started}
 
-    def _tokenised(self, number: int) -> tuple[list[str], list[Tokens]]:
-        ids, texts = part_texts(self.texts, number, self.role)
-        return ids, self.student.tokenize(texts, self.role)
+    def _tokenised(self, texts: Stage, number: int, role: Role) -> tuple[list[str], list[Tokens]]:
+        ids, rows = part_texts(texts, number, role)
+        return ids, self.student.tokenize(rows, role)
 
 
 def part_texts(texts: Stage, number: int, role: Role) -> tuple[list[str], list[str]]:

@@ -11,8 +11,11 @@ from typing import Any, Protocol
 import ray.data
 import torch
 
+from retrieval_ray.artifacts import Stage
 from retrieval_ray.progress import progress
 from retrieval_ray.stages.context import Context
+
+_FEW = 40  # parts of about 500 rows
 
 
 class PartWorker(Protocol):
@@ -35,6 +38,11 @@ class _Actor:
         return {"facts": [json.dumps(self._worker.run(json.loads(part))) for part in batch["part"]]}
 
 
+def small(corpus: Stage) -> bool:
+    """Whether all passages together are so few that reading them once takes a moment."""
+    return int(corpus.manifest()["buckets"]) <= _FEW
+
+
 def run_parts(
     context: Context,
     label: str,
@@ -43,14 +51,18 @@ def run_parts(
     parts: Sequence[dict[str, Any]],
     *,
     gpus: bool = True,
+    light: bool = False,
 ) -> list[dict[str, Any]]:
     """Run ``worker(**arguments).run(part)`` for each part, on as many actors as there are workers.
 
-    gpus: whether a worker takes its share of GPUs, where there are some. Returns what the parts returned,
-    in no fixed order. Raises what a worker raised.
+    gpus: whether a worker takes its share of GPUs, where there are some. light: a part takes a moment and
+    no GPU, so that a few of them are done in this process, sooner than a worker has started. Returns what
+    the parts returned, in no fixed order. Raises what a worker raised.
     """
     if not parts:
         return []
+    if light and len(parts) <= _FEW:
+        return _here(context, worker, arguments, parts)
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
     settings.execution_no_progress_timeout_s = 24 * 3600  # one part of a slow teacher may take hours
@@ -76,3 +88,16 @@ def run_parts(
             facts.append(json.loads(row["facts"]))
             advance(len(facts), "parts")
     return facts
+
+
+def _here(
+    context: Context, worker: type[PartWorker], arguments: Mapping[str, Any], parts: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Run the parts in this process, with as many threads as a worker has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(context.profile.threads)
+    try:
+        working = worker(**arguments)
+        return [json.loads(json.dumps(working.run(part))) for part in parts]
+    finally:
+        torch.set_num_threads(before)

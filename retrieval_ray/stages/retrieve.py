@@ -21,7 +21,7 @@ from retrieval_ray.stages import index
 from retrieval_ray.stages.collection import Encoded, Ranked, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import duplicates
-from retrieval_ray.stages.parts import run_parts
+from retrieval_ray.stages.parts import run_parts, small
 from retrieval_ray.stages.searchers import (
     CHECK,
     CHECKED_QUERIES,
@@ -109,6 +109,7 @@ def _retrieve(
                 "threads": context.profile.threads,
             },
             units,
+            light=small(encoded.corpus) and context.profile.device == "cpu",
         )
     merged = run_parts(
         context,
@@ -126,6 +127,7 @@ def _retrieve(
         },
         [{"number": number} for number in missing],
         gpus=False,
+        light=True,
     )
     recall = {name: _recall(target, name, len(shards), checked, depth) for name in indexes}
     for name, value in recall.items():

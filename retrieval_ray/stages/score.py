@@ -24,7 +24,7 @@ from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.given import Given
 from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
 from retrieval_ray.stages.lookup import Bm25Scorer, DenseScorer
-from retrieval_ray.stages.parts import PartWorker, run_parts
+from retrieval_ray.stages.parts import PartWorker, run_parts, small
 from retrieval_ray.stages.pool import Pairs
 from retrieval_ray.stages.score_lists import ListScorer, PooledByQuery
 from retrieval_ray.stages.score_vllm import VllmYesNo
@@ -63,12 +63,16 @@ def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None
             "teacher_id": teacher, "ranked": ranked, "depth": depth, "target": target, "groups": groups
         }  # fmt: skip
         parts = int(ranked.queries.manifest()["buckets"])
-        return score_parts(context, label, Bm25Scorer, arguments, target, teacher, parts)
+        return score_parts(
+            context, label, Bm25Scorer, arguments, target, teacher, parts, light=small(ranked.corpus)
+        )
     pairs = pool.run(context, ranked, depth, groups)
     parts = int(ranked.corpus.manifest()["buckets"])
     if judge.kind == "dense":
         arguments = {"teacher_id": teacher, "ranked": ranked, "pairs": pairs, "target": target}
-        return score_parts(context, label, DenseScorer, arguments, target, teacher, parts)
+        return score_parts(
+            context, label, DenseScorer, arguments, target, teacher, parts, light=small(ranked.corpus)
+        )
     if judge.kind == "listwise":
         lists = PooledByQuery(ranked, pairs, depth, groups)
         parts = int(ranked.queries.manifest()["buckets"])
@@ -164,15 +168,17 @@ def score_parts(
     target: Stage,
     teacher: str,
     parts: int,
+    *,
+    light: bool = False,
 ) -> Stage:
-    """Run the missing parts of a score stage and write its manifest.
+    """Run the missing parts of a score stage and write its manifest; light: as in ``run_parts``.
 
     Raises ``UserError`` where no pair at all could be judged.
     """
     names = [part_name("scores", number, "parquet") for number in range(parts)]
     missing = set(target.missing(names))
     todo = [{"number": n} for n, name in enumerate(names) if name in missing]
-    facts = run_parts(context, label, worker, arguments, todo)
+    facts = run_parts(context, label, worker, arguments, todo, light=light)
     judged, cached = (sum(f[key] for f in facts) for key in ("judged", "cached"))
     there = set(target.folder.names())
     rejects = [name for n in range(parts) if (name := rejects_name(n)) in there]

@@ -1,0 +1,59 @@
+"""Where the parts of a stage are worked on. What they return does not depend on it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retrieval_ray.artifacts import Location
+from retrieval_ray.config import Config
+from retrieval_ray.stages import parts
+from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.profile import Profile
+
+pytestmark = pytest.mark.ray
+
+
+class Squares:
+    def __init__(self, more: int) -> None:
+        self.more = more
+
+    def run(self, part: dict[str, Any]) -> dict[str, Any]:
+        if part["n"] < 0:
+            raise ValueError(f"{part['n']} has no place")
+        found = {"value": part["n"] ** 2 + self.more, "threads": torch.get_num_threads()}
+        return {**found, "process": os.getpid()}
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context(Config(), Location.of(str(tmp_path)), Profile("float32", "cpu", 1, 1024, 1))
+
+
+def test_a_few_light_parts_are_done_in_this_process(context: Context) -> None:
+    """With a worker's threads, and this process's afterwards. Starts no Ray."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = parts.run_parts(context, "", Squares, {"more": 1}, [{"n": 2}, {"n": 3}], light=True)
+        assert [each["value"] for each in found] == [5, 10]
+        assert {each["process"] for each in found} == {os.getpid()}
+        assert {each["threads"] for each in found} == {1} and torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match="-1 has no place"):
+            parts.run_parts(context, "", Squares, {"more": 1}, [{"n": -1}], light=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("light", "count"), [(False, 2), (True, parts._FEW + 1)])
+def test_many_parts_and_heavy_ones_are_done_by_workers(
+    context: Context, ray_local: None, light: bool, count: int
+) -> None:
+    wanted = [{"n": n} for n in range(count)]
+    found = parts.run_parts(context, "", Squares, {"more": 1}, wanted, light=light)
+    assert sorted(each["value"] for each in found) == [n**2 + 1 for n in range(count)]
+    assert os.getpid() not in {each["process"] for each in found}
