@@ -139,8 +139,8 @@ class Student:
             vectors = torch.nn.functional.normalize(vectors[:, : self.dimension].float(), dim=-1)
             found_ND[start : start + len(chunk)] = vectors
             start += len(chunk)
-            if self.device.type == "cpu":
-                give_back()
+        if self.device.type == "cpu":
+            give_back()  # not after each chunk: asking for it again costs a few per cent of the time
         vectors_ND = np.empty((len(rows), self.dimension), dtype=np.float32)
         vectors_ND[[row for chunk in chunks for row in chunk]] = found_ND.cpu().numpy()
         return vectors_ND
