@@ -76,10 +76,7 @@ def run(context: Context, ranked: Ranked, depth: int, groups: Stage | None = Non
         _write_index(ranked.corpus, target)
     missing = set(target.missing(names))
     todo = [{"number": n, "queries": files[n]} for n, name in enumerate(names) if name in missing]
-    if len(todo) == 1:  # done here sooner than a worker has started
-        _Layer(**arguments).run(todo[0])
-    else:
-        run_parts(context, label, _Layer, arguments, todo, gpus=False)
+    run_parts(context, label, _Layer, arguments, todo, gpus=False, light=len(todo) == 1)
     rows = sum(pq.read_metadata(_open(target, name)).num_rows for name in names)
     context.finish(target, [_INDEX, *names], rows=rows)
     return target

@@ -45,7 +45,7 @@ def steps_between(train: TrainConfig, per_epoch: int) -> int | None:
 
 def read_of(first: Grouped) -> list[str]:
     """What decides the refreshes of a corpus beside the student's weights."""
-    return [stage.fingerprint for stage in (first.groups, first.retrieved, *first.scores.values())]
+    return [each.fingerprint for each in (first.groups, first.retrieved, *first.scores.values())]
 
 
 def run(

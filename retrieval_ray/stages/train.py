@@ -2,8 +2,8 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, wait
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -61,9 +61,15 @@ def run(context: Context, corpora: list[Grouped], judges: list[Judge]) -> Stage:
     settings = _settings(context, corpora, lists)
     sizes = [len(part.query_ids) for part in lists]
     per_epoch = len(epoch_batches(sizes, settings.batch_queries, seed=settings.seed, epoch=1))
-    steps = Steps(per_epoch * settings.max_epochs, refresh.steps_between(config.train, per_epoch))
-    with step_bar(steps.total) as bar:
-        refreshes = _train(context, corpora, judges, settings, target, steps, bar)
+    total, between = per_epoch * settings.max_epochs, refresh.steps_between(config.train, per_epoch)
+    with step_bar(total) as bar:
+        train = partial(advance, context, settings=settings, folder=target.folder, bar=bar)
+        if between is None:
+            train(corpora, until=None)
+            refreshes = []
+        else:
+            mine = partial(refresh.run, context, corpora, judges)
+            refreshes = _with_refreshes(train, mine, corpora, target, total, between)
     facts = facts_of(target.folder)
     if facts["skipped"]:
         say(f"  warning: {len(facts['skipped'])} steps were skipped: their loss or gradient was not finite")
@@ -88,39 +94,28 @@ def run(context: Context, corpora: list[Grouped], judges: list[Judge]) -> Stage:
     return target
 
 
-@dataclass(frozen=True)
-class Steps:
-    """How long training is, and how many steps lie between two refreshes of the lists (None: no refresh)."""
-
-    total: int
-    between: int | None
-
-
-def _train(
-    context: Context,
+def _with_refreshes(
+    train: Callable[..., bool],
+    mine: Callable[[Model, int], list[Grouped]],
     corpora: list[Grouped],
-    judges: list[Judge],
-    settings: Settings,
     target: Stage,
-    steps: Steps,
-    bar: Any,
+    total: int,
+    between: int,
 ) -> list[dict[str, Any]]:
-    """Train to the end; returns the facts of each refresh.
+    """Train ``total`` steps with lists mined anew every N = ``between``; returns the facts of each refresh.
 
     Refresh r is mined beside training from the student at step r N, and used exactly from step (r + 1) N:
     training waits for it. So the lists do not depend on how fast either is.
     """
-    if steps.between is None:
-        advance(context, corpora, settings, target.folder, bar, None)
-        return []
     lists, found = corpora, []
-    for start in range(0, steps.total, steps.between):
-        until = start + steps.between
+    for start in range(0, total, between):
+        until = start + between
         mining = None
-        if start and until < steps.total:
-            student = snapshot(target.folder, start)
-            mining = _beside(partial(refresh.run, context, corpora, judges, student, start))
-        if advance(context, lists, settings, target.folder, bar, until if until < steps.total else None):
+        if start and until < total:
+            mining = _beside(partial(mine, snapshot(target.folder, start), start))
+        if train(lists, until=until if until < total else None):
+            if mining is not None:
+                wait([mining])  # patience ended training; what is mined reads files that are deleted next
             break
         if mining is not None:
             lists = mining.result()

@@ -46,8 +46,9 @@ def advance(
     At the end ``candidate/`` and, last, ``fit.json`` are in the folder; at a pause the student as it is
     then, for ``snapshot``. What is there already is not done again.
     """
-    paused = until is not None and (folder / _snapshot_facts(until)).exists()
-    if not paused and not (folder / _FACTS).exists():
+    if until is not None and (folder / _snapshot_facts(until)).exists():
+        return False
+    if not (folder / _FACTS).exists():
         _trainer(context, corpora, settings, folder, bar, until).fit()
     return (folder / _FACTS).exists()
 

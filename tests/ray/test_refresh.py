@@ -57,7 +57,7 @@ def test_a_refresh_changes_negatives_and_nothing_else(refreshed: Path) -> None:
         assert len(set(now["passage_ids"])) == len(now["passage_ids"]) == len(old["passage_ids"])
         score = dict(zip(old["passage_ids"], old["teacher_scores"], strict=True))
         for passage, value in zip(now["passage_ids"], now["teacher_scores"], strict=True):
-            if passage in score:  # normalised as in the first round: the same score, to the last bit
+            if passage in score:  # normalised as in the first round: the same score
                 assert value == pytest.approx(score[passage], abs=1e-12)
                 common += 1
             else:
