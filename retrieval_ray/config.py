@@ -150,6 +150,7 @@ class TeacherConfig(MemberConfig):
 
 @dataclass
 class GroupsConfig:
+    kinds: list[str] | None = None  # of queries to train on, as log, title, question; null: all
     list_size: int = 20  # K: the positive and its negatives
     negatives: str = "top"  # of retrieval; spread | stratified: even steps of the teacher's order | score
     relative_margin: float | None = None  # a negative scores at most positive x (1 - this); NV-Retriever: .05
@@ -205,6 +206,7 @@ class TrainConfig:
     terms: TermsConfig = field(default_factory=TermsConfig)
     dropout: bool = False  # the student's own, while training
     shard: bool = False  # FSDP2: the student's weights spread over the workers, where it fits on none
+    share: float = 1.0  # of the training lists, the first by hash; held-out ones stay as they are
     dev_share: float = 0.1  # of the training queries, held out for dev measures
     dev_queries: int = 500  # and about so many at most
     passage_tokens: int | None = None  # training reads passages only so far; null: the student's own
@@ -252,6 +254,25 @@ class MergeConfig:
 
 
 @dataclass
+class SweepConfig:
+    """Of jobs/sweep.py: what is tried, how, and what is reported."""
+
+    question: str | None = None  # that the sweep's page answers
+    space: dict[str, Any] = field(default_factory=dict)  # parameters, see sweeps.py
+    search: str = "grid"  # grid | random | optuna
+    samples: int = 16  # points of random and optuna
+    seeds: int = 1  # every point is trained with seed, seed + 1, ...
+    trials_at_once: int = 1
+    asha_epochs: int | None = None  # that every trial gets before ASHA may stop it; null: none is stopped
+    asha_factor: float = 3.0  # one of so many goes on at each of ASHA's rungs
+    reference: dict[str, str] = field(
+        default_factory=dict
+    )  # the label of a parameter that others are set against
+    test: str = "winner"  # whose quality on the test split is measured: winner | all
+    collections: dict[str, Any] = field(default_factory=dict)  # {name: keys with dots}: each is swept alone
+
+
+@dataclass
 class ComputeConfig:
     workers: int = 1
     min_workers: int | None = None  # elastic: with so many work goes on; null: with all of them
@@ -281,6 +302,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     reranker: RerankerConfig = field(default_factory=RerankerConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     pairs: str | None = None  # what jobs/score.py judges: a TREC run, or a table as jsonl or parquet
     seed: int = 0

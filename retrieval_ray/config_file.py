@@ -1,7 +1,7 @@
 """The reading of ``FILE.yaml key=value ...`` into a config. Unknown keys are errors."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from retrieval_ray.config import Config, DatasetConfig, MemberConfig, StudentConfig
+from retrieval_ray.config import Config, DatasetConfig, MemberConfig, StudentConfig, to_dict
 from retrieval_ray.config_values import check
 from retrieval_ray.errors import UserError
 
@@ -19,27 +19,81 @@ _LISTED = {"datasets": DatasetConfig, "members": MemberConfig}
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file of differences, then ``key=value`` overrides; check keys and values.
 
+    ``base: FILE`` at the top of a file names another, beside it, whose differences come first.
     Raises ``UserError`` for a missing file, an unknown key (with the nearest known one), or a value
     that cannot be what it must be.
     """
-    if not Path(path).is_file():
-        what = "a folder, not a config file" if Path(path).is_dir() else "no such config file"
-        raise UserError(f"{what}: {path}")
+    given: Any = _read(path)
     try:
-        given: Any = OmegaConf.load(path)
-        if not isinstance(given, DictConfig):
-            raise UserError(f"{path}: needs keys at the top level, like dataset: or seed:, not a list")
         for override in overrides:
             if "=" not in override:
                 raise UserError(f"'{override}' is not of the form key=value")
         given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+        plain: Any = OmegaConf.to_container(given, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {error}") from error
-    except UserError:
-        raise
+    return _typed(plain, path)
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with these values, whose keys have dots; checked as a file's are.
+
+    A value that is a list or a mapping takes the old one's place.
+    """
+    plain: Any = to_dict(config)
+    for key, value in values.items():
+        section, *names = plain, *key.split(".")
+        for name in names[:-1]:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            raise UserError(f"unknown config key '{key}'")
+        section[names[-1]] = value
+    return _typed(plain, f"config with {', '.join(values)}")
+
+
+def differences(config: Config) -> dict[str, Any]:
+    """What a YAML file must say to give this config: everything that is not a default."""
+
+    def of(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for key, value in values.items():
+            known = defaults.get(key)
+            if isinstance(value, dict) and isinstance(known, dict) and known:
+                value = of(value, known)
+                if not value:
+                    continue
+            elif value == known:
+                continue
+            found[key] = value
+        return found
+
+    return of(to_dict(config), to_dict(Config()))
+
+
+def _read(path: str, seen: Sequence[str] = ()) -> DictConfig:
+    """A file with its base's differences under its own. seen: the files that led here."""
+    if not Path(path).is_file():
+        what = "a folder, not a config file" if Path(path).is_dir() else "no such config file"
+        named = f" (base of {seen[-1]})" if seen else ""
+        raise UserError(f"{what}: {path}{named}")
+    try:
+        given: Any = OmegaConf.load(path)
     except Exception as error:  # yaml's own errors have no common public base here
         raise UserError(f"{path}: not readable as YAML: {error}") from error
-    plain: Any = OmegaConf.to_container(given)
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{path}: needs keys at the top level, like dataset: or seed:, not a list")
+    base = given.pop("base", None)
+    if base is None:
+        return given
+    file = str((Path(path).parent / str(base)).resolve())
+    if file in seen:
+        raise UserError(f"{path}: its base is {base}, which leads back to it")
+    merged = OmegaConf.merge(_read(file, [*seen, str(Path(path).resolve())]), given)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _typed(plain: Any, path: str) -> Config:
     _reject_unknown(plain, Config, "")
     given = OmegaConf.create(_with_models(plain))
     for f in fields(Config):

@@ -7,7 +7,9 @@ from operator import attrgetter
 from urllib.parse import urlsplit
 
 from retrieval_ray.config import EMBEDDED, MODELS, Config, MoeConfig, TeacherConfig
+from retrieval_ray.datasets import split_spec
 from retrieval_ray.errors import UserError
+from retrieval_ray.generator import EXTRACTIVE_KINDS
 from retrieval_ray.negatives import NEGATIVES
 from retrieval_ray.prompts import KINDS
 from retrieval_ray.sampling import WAYS
@@ -24,6 +26,8 @@ ROUTERS = ("released", "softmax", "expert_choice")
 WHERE = ("intermediate", "output")
 TRAINED = ("all", "experts")
 MERGE_WEIGHTS = ("load", "uniform")
+SEARCHES = ("grid", "random", "optuna")
+TESTED = ("winner", "all")
 
 _TINY, _MANY = 1e-9, math.inf
 RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays allowed where it is
@@ -56,7 +60,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "relative_margin": (0, 1), "absolute_margin": (0, _MANY),
     },
     "train": {
-        "batch_queries": (1, _MANY), "dev_queries": (1, _MANY),
+        "batch_queries": (1, _MANY), "dev_queries": (1, _MANY), "share": (_TINY, 1),
         "max_epochs": (0, _MANY), "patience": (1, _MANY),
         "learning_rate": (_TINY, 1), "weight_decay": (0, _MANY), "clip_norm": (_TINY, _MANY),
         "min_warmup_steps": (0, _MANY), "lr_floor": (0, 1), "teacher_temperature": (_TINY, _MANY),
@@ -73,6 +77,10 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "experts": (0, 8), "top_k": (1, 2), "jitter": (0, 1), "balance_weight": (0, _MANY),
     },
     "merge": {"load_texts": (1, _MANY)},
+    "sweep": {
+        "samples": (1, _MANY), "seeds": (1, _MANY), "trials_at_once": (1, _MANY),
+        "asha_epochs": (1, _MANY), "asha_factor": (1.1, _MANY),
+    },
     "compute": {
         "workers": (1, _MANY), "min_workers": (1, _MANY), "cpus_per_worker": (1, _MANY),
         "gpus_per_worker": (0, _MANY), "threads": (1, _MANY), "token_budget": (1, _MANY),
@@ -102,6 +110,9 @@ def check(config: Config) -> None:
         ("train.moe.train", [config.train.moe.train], TRAINED),
         ("merge.weights", [config.merge.weights], MERGE_WEIGHTS),
         ("evaluate.systems", config.evaluate.systems, ("bm25", "teacher")),
+        ("groups.kinds", config.groups.kinds or [], ("log", *EXTRACTIVE_KINDS, *KINDS)),
+        ("sweep.search", [config.sweep.search], SEARCHES),
+        ("sweep.test", [config.sweep.test], TESTED),
         ("compute.precision", [config.compute.precision or "float32"], ("float32", "bfloat16")),
     ):
         for value in chosen:
@@ -126,6 +137,7 @@ def check(config: Config) -> None:
         config.reranker.skip < config.reranker.pool <= config.retrieve.depth,
         "reranker.pool: must be more than reranker.skip and at most retrieve.depth",
     )
+    need(config.groups.kinds != [], "groups.kinds: name at least one kind, or null")
     need(config.groups.list_size >= 2, "groups.list_size: a list needs a positive and a negative")
     need(
         config.teacher.depth >= config.groups.list_size,
@@ -200,6 +212,10 @@ def check(config: Config) -> None:
         min(config.llm.kinds.values(), default=1) >= 0 and sum(config.llm.kinds.values() or [1]) > 0,
         "llm.kinds: numbers of queries per passage must not be negative, and one must be more than 0",
     )
+    need(
+        config.sweep.search != "optuna" or config.sweep.seeds == 1,
+        "sweep.seeds: Optuna learns from single trials, so 1; repeat its best with a grid of its own",
+    )
     need(config.seed >= 0, "seed: must not be negative")
     for number, corpus in enumerate(config.corpora()):
         where = f"datasets[{number}]" if config.datasets else "dataset"
@@ -207,12 +223,10 @@ def check(config: Config) -> None:
             corpus.max_queries is None or corpus.max_queries >= 1, f"{where}.max_queries: must be at least 1"
         )
         for key in ("split", "dev_split", "log_split"):
-            share = (getattr(corpus, key) or "").partition(":")[2] or "1"
-            number_like = share.replace(".", "", 1).isdigit()
-            need(
-                number_like and 0 < float(share) <= 1,
-                f"{where}.{key}: the share after ':' must lie in (0, 1]",
-            )
+            try:
+                split_spec(getattr(corpus, key) or "")
+            except UserError as error:
+                raise UserError(f"{where}.{key}: {error}") from error
     need(
         config.student.lora.r is None or importlib.util.find_spec("peft") is not None,
         "student.lora: needs the package peft: pip install -c constraints.txt -e '.[lora]'",

@@ -15,6 +15,8 @@ from retrieval_ray.artifacts import digest
 from retrieval_ray.errors import UserError
 from retrieval_ray.sources import Source, jsonl_queries
 
+Share = tuple[float, float]  # of a split: from, to
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -99,7 +101,7 @@ def read_judged(
     max_queries: int | None = None,
     relevance_threshold: int = 1,
 ) -> Judged:
-    """The judged queries of a split, or of a share of one (``train:0.2``), chosen by hash of the id.
+    """The judged queries of a split, or of a share of one (``split_spec``), chosen by hash of the id.
 
     passage_ids: those of the corpus, or at least those of them that ``judged_ids`` names.
 
@@ -201,24 +203,29 @@ def read_log_file(path: str) -> dict[str, str]:
     return {key: text for key, (_, text) in found.items()}
 
 
-def split_spec(split: str) -> tuple[str, float]:
-    """``train`` -> (train, 1.0); ``train:0.2`` -> (train, 0.2).
+def split_spec(split: str) -> tuple[str, Share]:
+    """``train`` -> (train, (0, 1)); ``train:0.2`` -> (train, (0, 0.2)), and ``train:0.2-1`` is the rest.
 
-    Raises ``UserError`` for a share outside of (0, 1].
+    Raises ``UserError`` for a share that is not in [0, 1], or empty.
     """
     name, _, share = split.partition(":")
+    first, dash, second = share.partition("-")
     try:
-        fraction = float(share) if share else 1.0
+        low, high = (float(first), float(second)) if dash else (0.0, float(first or 1))
     except ValueError:
-        fraction = 0.0
-    if not 0 < fraction <= 1:
-        raise UserError(f"split '{split}': the share after ':' must lie in (0, 1]")
-    return name, fraction
+        low, high = 0.0, 0.0
+    if not 0 <= low < high <= 1:
+        raise UserError(
+            f"split '{split}': what stands after ':' is a share like 0.2, or the part from one share to "
+            "another, like 0.2-1, and must lie in (0, 1]"
+        )
+    return name, (low, high)
 
 
-def in_share(query_id: str, share: float) -> bool:
+def in_share(query_id: str, share: Share) -> bool:
     """Whether a query falls into a share of its split: decided by a hash of its id."""
-    return share >= 1 or _hash_fraction(query_id) < share
+    low, high = share
+    return low <= _hash_fraction(query_id) < high
 
 
 def rejects_table(stage: str, rejects: Iterable[tuple[str, str, str]]) -> pa.Table:

@@ -81,6 +81,7 @@ class Progress:
     stale: int = 0  # epochs since the last improvement
     best_epoch: int | None = None  # the best trained epoch, kept as the candidate
     history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch
+    by_query: list[list[float]] = field(default_factory=list)  # by epoch: what chooses, per dev query
     steps: list[dict[str, float]] = field(default_factory=list)  # one row a step
     skipped: list[dict[str, Any]] = field(default_factory=list)  # steps that were not finite
     speed: list[dict[str, float]] = field(default_factory=list)  # one row a step; no two runs have it alike
@@ -95,7 +96,7 @@ def fit(
     folder: Location,
     *,
     on_step: OnStep = lambda step, total, terms: None,
-    on_epoch: Callable[[Mapping[str, float]], None] = lambda row: None,
+    on_epoch: Callable[[Sequence[Mapping[str, float]]], None] = lambda history: None,
     should_checkpoint: Callable[[], bool] = lambda: False,
     until: int | None = None,
 ) -> Progress:
@@ -144,15 +145,16 @@ def fit(
 
     def finish_epoch() -> None:
         row = {"epoch": float(progress.epoch), "step": float(progress.step)}
-        row |= evaluate(
+        measures, by_query = evaluate(
             student,
             dev,
             student_temperature=settings.objective.student_temperature,
             teacher_temperature=settings.objective.teacher_temperature,
             chunk_tokens=settings.chunk_tokens,
         )
-        progress.history.append(row)
-        on_epoch(row)
+        progress.history.append(row | measures)
+        progress.by_query.append(by_query)
+        on_epoch(progress.history)
         if progress.epoch > 0:
             if candidate(progress.history) == progress.epoch:
                 progress.best_epoch = progress.epoch

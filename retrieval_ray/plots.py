@@ -56,7 +56,7 @@ MEASURES = {
 
 def bars(per_query: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Each system's mean of each metric, with the bootstrap interval of that mean."""
-    return _figure(lambda ax: _bars(ax, per_query), 3.6)
+    return figure(lambda ax: _bars(ax, per_query), 3.6)
 
 
 def _bars(ax: Axes, per_query: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
@@ -81,12 +81,12 @@ def _bars(ax: Axes, per_query: Mapping[str, Mapping[str, Mapping[str, float]]]) 
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="y")
     ax.set_title("Before and after, with 95 % intervals")
-    _legend(ax)
+    legend(ax)
 
 
 def changes(change_Q: Sequence[float], title: str, label: str) -> str:
     """Differences per query, sorted: how many are better, worse, equal."""
-    return _figure(lambda ax: _changes(ax, sorted(change_Q, reverse=True), title, label), 3.0)
+    return figure(lambda ax: _changes(ax, sorted(change_Q, reverse=True), title, label), 3.0)
 
 
 def _changes(ax: Axes, ordered: Sequence[float], title: str, label: str) -> None:
@@ -102,12 +102,12 @@ def _changes(ax: Axes, ordered: Sequence[float], title: str, label: str) -> None
     ax.grid(axis="y")
     ax.set_title(title)
     ax.set_xlabel(label)
-    _legend(ax)
+    legend(ax)
 
 
 def funnel(rejected: Mapping[str, int], kept: int, trained: Mapping[str, int]) -> str:
     """From collected to kept queries. trained: what became of the kept ones, by name."""
-    return _figure(lambda ax: _funnel(ax, rejected, kept, trained), 0.4 + 0.33 * (4 + len(rejected)))
+    return figure(lambda ax: _funnel(ax, rejected, kept, trained), 0.4 + 0.33 * (4 + len(rejected)))
 
 
 def _funnel(ax: Axes, rejected: Mapping[str, int], kept: int, trained: Mapping[str, int]) -> None:
@@ -136,7 +136,7 @@ def scores(quantiles: Mapping[str, Sequence[float]], weights: Mapping[str, float
 
     quantiles: of each teacher's scores, at even steps from the lowest to the highest.
     """
-    return _figure(lambda ax: _scores(ax, quantiles, weights), 1.0 + 0.5 * len(quantiles))
+    return figure(lambda ax: _scores(ax, quantiles, weights), 1.0 + 0.5 * len(quantiles))
 
 
 def _scores(ax: Axes, quantiles: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> None:
@@ -168,7 +168,7 @@ def _scores(ax: Axes, quantiles: Mapping[str, Sequence[float]], weights: Mapping
 
 def ranges(rows: Mapping[str, Sequence[float]], title: str, within: tuple[float, float] | None = None) -> str:
     """Percentiles 5, 25, 50, 75, 95 of several things on one scale; within: its ends."""
-    return _figure(lambda ax: _ranges(ax, rows, title, within), 0.9 + 0.36 * len(rows))
+    return figure(lambda ax: _ranges(ax, rows, title, within), 0.9 + 0.36 * len(rows))
 
 
 def _ranges(
@@ -201,7 +201,7 @@ def _range(ax: Axes, at: int, percentiles: Sequence[float], colour: str) -> None
 
 def counts(histogram: Mapping[int, int], title: str, label: str) -> str:
     """How many lists have 0, 1, 2, ... of something."""
-    return _figure(lambda ax: _counts(ax, histogram, title, label), 2.6)
+    return figure(lambda ax: _counts(ax, histogram, title, label), 2.6)
 
 
 def _counts(ax: Axes, histogram: Mapping[int, int], title: str, label: str) -> None:
@@ -214,7 +214,7 @@ def _counts(ax: Axes, histogram: Mapping[int, int], title: str, label: str) -> N
 
 def loss(fit: Mapping[str, Any]) -> str:
     """Both terms of the training loss, by step."""
-    return _figure(lambda ax: _loss(ax, fit), 3.0)
+    return figure(lambda ax: _loss(ax, fit), 3.0)
 
 
 def _loss(ax: Axes, fit: Mapping[str, Any]) -> None:
@@ -230,12 +230,12 @@ def _loss(ax: Axes, fit: Mapping[str, Any]) -> None:
     ax.grid(axis="y")
     ax.set_title("Training loss by step (log scale, before weighting)")
     ax.set_xlabel("step")
-    _legend(ax)
+    legend(ax)
 
 
 def load(taken: Mapping[str, Sequence[int]], title: str) -> str:
     """Which share of a layer's tokens each expert took, a row a layer; dashed: even shares."""
-    return _figure(lambda ax: _load(ax, taken, title), 0.9 + 0.3 * len(taken))
+    return figure(lambda ax: _load(ax, taken, title), 0.9 + 0.3 * len(taken))
 
 
 def _load(ax: Axes, taken: Mapping[str, Sequence[int]], title: str) -> None:
@@ -257,7 +257,7 @@ def _load(ax: Axes, taken: Mapping[str, Sequence[int]], title: str) -> None:
 
 def dev(fit: Mapping[str, Any], chosen: int) -> str:
     """The measure that chose the epoch; the others are on other scales."""
-    return _figure(lambda ax: _dev(ax, fit, chosen), 3.0)
+    return figure(lambda ax: _dev(ax, fit, chosen), 3.0)
 
 
 def _dev(ax: Axes, fit: Mapping[str, Any], chosen: int) -> None:
@@ -279,20 +279,21 @@ def _dev(ax: Axes, fit: Mapping[str, Any], chosen: int) -> None:
     ax.grid(axis="y")
     ax.set_title(MEASURES[measure])
     ax.set_xlabel("epoch (0 is the untouched model)")
-    _legend(ax)
+    legend(ax)
 
 
-def _legend(ax: Axes) -> None:
+def legend(ax: Axes) -> None:
     """Beside the title, where it covers no data."""
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, borderaxespad=0.3, columnspacing=1.4)
 
 
-def _figure(draw: Callable[[Axes], None], height: float) -> str:
+def figure(draw: Callable[[Axes], None], height: float) -> str:
+    """What is drawn, as inline SVG of the page's width; height in inches."""
     with matplotlib.rc_context(_PLOT):
-        figure, ax = plt.subplots(figsize=(_WIDTH, height), layout="constrained")
+        canvas, ax = plt.subplots(figsize=(_WIDTH, height), layout="constrained")
         draw(ax)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-        plt.close(figure)
+        canvas.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        plt.close(canvas)
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -6,20 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retrieval_ray import plots, report_training
-from retrieval_ray.markup import cells, prose
+from retrieval_ray.markup import cells, document, prose
 from retrieval_ray.metrics import METRICS
-
-_STYLE = """
-body{font:16px/1.55 system-ui,sans-serif;color:#1c2128;max-width:928px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.7rem}h2{margin-top:2.4rem;font-size:1.3rem;border-bottom:1px solid #d0d7de}
-h3{margin:2rem 0 .6rem;font-size:1.1rem}
-table{border-collapse:collapse;margin:1rem 0 1.4rem;font-variant-numeric:tabular-nums}
-td,th{padding:.3rem .9rem;text-align:right;border-bottom:1px solid #e4e8ec}
-td:first-child,th:first-child{text-align:left}tr.marked{font-weight:600;background:#eef4ff}
-.verdict{padding:.9rem 1.2rem;border-radius:8px;background:#eef4ff;font-size:1.1rem}
-table.prose td{text-align:left;vertical-align:top;font-size:.85rem;padding:.3rem .5rem}
-svg{display:block;max-width:100%;height:auto;margin-top:1rem}.note{color:#57606a;font-size:.9rem}
-"""
 
 
 @dataclass(frozen=True)
@@ -51,12 +39,8 @@ def page(
     sections = [section for facts in corpora for section in _corpus(facts)]
     if fit and training:
         sections.append(report_training.section(fit, training, rounds))
-    return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width'>"
-        f"<title>retrieval_ray: {html.escape(names)}</title><style>{_STYLE}</style>"
-        f"<h1>{html.escape(names)}: base and adapted retriever</h1>" + "".join(sections) + "</html>\n"
-    )
+    heading = f"<h1>{html.escape(names)}: base and adapted retriever</h1>"
+    return document(names, heading + "".join(sections))
 
 
 def _corpus(facts: Facts) -> list[str]:

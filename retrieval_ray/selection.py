@@ -55,8 +55,19 @@ def candidate(history: Sequence[Mapping[str, float]]) -> int:
     return int(max(history[1:], key=lambda row: (_value(row), -row["epoch"]))["epoch"])
 
 
+def gain(history: Sequence[Mapping[str, float]], epoch: int) -> float:
+    """By how much the measure that chooses rose from the untouched student to this epoch."""
+    values = {int(row["epoch"]): _value(row) for row in history}
+    return values[epoch] - values[0]
+
+
+def measure(row: Mapping[str, float]) -> str:
+    """The name of the measure that chooses."""
+    return "dev_ndcg@10" if "dev_ndcg@10" in row else "teacher_ndcg@10"
+
+
 def _value(row: Mapping[str, float]) -> float:
-    return row["dev_ndcg@10"] if "dev_ndcg@10" in row else row["teacher_ndcg@10"]
+    return row[measure(row)]
 
 
 def evaluate(
@@ -66,18 +77,14 @@ def evaluate(
     student_temperature: float,
     teacher_temperature: float,
     chunk_tokens: int,
-) -> dict[str, float]:
-    """Dev measures, averaged over corpora by their number of dev queries.
+) -> tuple[dict[str, float], list[float]]:
+    """Dev measures, averaged over corpora by their number of dev queries; and the one that chooses, by query.
 
     ``dev_ndcg@10`` on judged queries over their pools where any corpus has them; ``dev_kl`` and
-    ``teacher_ndcg@10`` (the teacher's favourites as relevant) on the lists held out.
+    ``teacher_ndcg@10`` (the teacher's favourites as relevant) on the lists held out. Values by query stand
+    in the order of corpora, then of query ids or, without judged queries, of lists.
     """
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-
-    def add(name: str, value: float, weight: int) -> None:
-        sums[name] = sums.get(name, 0.0) + value * weight
-        weights[name] = weights.get(name, 0.0) + weight
+    values: dict[str, list[float]] = {}
 
     for dev in corpora:
         count = len(dev.lists.query_ids)
@@ -90,15 +97,17 @@ def evaluate(
                 student_temperature=student_temperature,
                 teacher_temperature=teacher_temperature,
             )
-            add("dev_kl", float(kl), count)
-            add("teacher_ndcg@10", _ndcg_against(student_BK.numpy(), teacher_BK.numpy()), count)
+            values.setdefault("dev_kl", []).extend([float(kl)] * count)
+            against = _ndcg_against(student_BK.numpy(), teacher_BK.numpy())
+            values.setdefault("teacher_ndcg@10", []).extend(against)
         if dev.qrels:
             queries = sorted(dev.qrels)
             pools = [list(dev.pools.get(query, ())) for query in queries]
             run = _rank_pools(student, queries, pools, dev.rows, chunk_tokens)
-            values = per_query(dev.qrels, run)
-            add("dev_ndcg@10", sum(row["ndcg@10"] for row in values.values()) / len(values), len(values))
-    return {name: sums[name] / weights[name] for name in sums}
+            by_query = per_query(dev.qrels, run)
+            values.setdefault("dev_ndcg@10", []).extend(by_query[query]["ndcg@10"] for query in queries)
+    means = {name: sum(found) / len(found) for name, found in values.items()}
+    return means, values[measure(means)]
 
 
 def scores_of_lists(student: Student, lists: Lists, rows: Rows, chunk_tokens: int) -> Tensor:
@@ -144,8 +153,8 @@ def _embed(
     return doubles[: len(queries)], doubles[len(queries) :]
 
 
-def _ndcg_against(student_BK: Any, teacher_BK: Any) -> float:
-    """Mean nDCG@10 of the student's order, with exp(z / 0.5) of the teacher's scores as gains.
+def _ndcg_against(student_BK: Any, teacher_BK: Any) -> list[float]:
+    """nDCG@10 of the student's order of each list, with exp(z / 0.5) of the teacher's scores as gains.
 
     z: the teacher's scores standardised per list, so that its few favourites carry the measure. Of six
     kinds of gains this one followed judged nDCG best on two collections (LOG.md).
@@ -156,4 +165,5 @@ def _ndcg_against(student_BK: Any, teacher_BK: Any) -> float:
     ideal_BK = -np.sort(-gains_BK, axis=1)
     discount = 1 / np.log2(np.arange(2, 12))[: student_BK.shape[1]]
     width = len(discount)
-    return float(np.mean((by_student_BK[:, :width] @ discount) / (ideal_BK[:, :width] @ discount)))
+    found_B: list[float] = ((by_student_BK[:, :width] @ discount) / (ideal_BK[:, :width] @ discount)).tolist()
+    return found_B

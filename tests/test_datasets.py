@@ -197,35 +197,46 @@ def test_max_queries_leaves_the_judgements_of_the_chosen_alone() -> None:
 def test_a_share_is_the_one_that_earlier_runs_had() -> None:
     """Recorded from SHA-256 of the id: 0x0.<the first 13 hexadecimal digits> below 0.2."""
     recorded = [4, 5, 7, 15, 17, 18, 19]
-    assert [n for n in range(20) if in_share(f"q{n}", 0.2)] == recorded
+    assert [n for n in range(20) if in_share(f"q{n}", (0, 0.2))] == recorded
 
 
 @given(st.lists(st.text()), st.floats(0.01, 1), st.floats(0.01, 1))
 @settings(max_examples=100, deadline=None)
 def test_a_larger_share_holds_the_smaller(ids: list[str], one: float, other: float) -> None:
     small, large = sorted((one, other))
-    assert {i for i in ids if in_share(i, small)} <= {i for i in ids if in_share(i, large)}
-    assert all(in_share(i, 1.0) for i in ids)
+    assert {i for i in ids if in_share(i, (0, small))} <= {i for i in ids if in_share(i, (0, large))}
+    assert all(in_share(i, (0, 1)) for i in ids)
 
 
 def test_a_share_of_a_split_is_about_that_large_and_always_the_same() -> None:
     judged = read_judged(many(), "train:0.2", {"d1"})
     assert 300 < len(judged.texts) < 500  # 400 +- 5.6 standard deviations
     assert read_judged(many(), "train:0.2", {"d1"}).texts == judged.texts
-    assert judged.texts.keys() == {f"q{n}" for n in range(2000) if in_share(f"q{n}", 0.2)}
+    assert judged.texts.keys() == {f"q{n}" for n in range(2000) if in_share(f"q{n}", (0, 0.2))}
     assert read_log(many(), "train:0.2", without=[]) == judged.texts
 
 
-@pytest.mark.parametrize("split", ["train:0", "train:1.1", "train:-1", "train:x", "train:nan"])
+@pytest.mark.parametrize(
+    "split", ["train:0", "train:1.1", "train:-1", "train:x", "train:nan", "train:0.5-0.5", "train:0.9-0.2"]
+)
 def test_a_share_outside_of_0_to_1_is_an_error(split: str) -> None:
     assert f"'{split}'" in said_of(split_spec, split)
     assert f"'{split}'" in said_of(read_judged, many(2), split, {"d1"})
 
 
 def test_a_split_may_carry_a_share() -> None:
-    assert split_spec("train") == ("train", 1.0)
-    assert split_spec("train:0.25") == ("train", 0.25)
-    assert split_spec("a/b:1") == ("a/b", 1.0)
+    assert split_spec("train") == ("train", (0, 1))
+    assert split_spec("train:0.25") == ("train", (0, 0.25))
+    assert split_spec("a/b:1") == ("a/b", (0, 1))
+    assert split_spec("train:0.25-1") == ("train", (0.25, 1))
+
+
+def test_a_share_and_the_rest_are_the_whole_split() -> None:
+    parts = [
+        read_judged(many(), split, {"d1"}).texts for split in ("train:0.3", "train:0.3-0.5", "train:0.5-1")
+    ]
+    assert sum(map(len, parts)) == 2000 and all(parts)
+    assert set().union(*parts) == read_judged(many(), "train", {"d1"}).texts.keys()
 
 
 def test_a_log_holds_no_judged_dev_or_test_query() -> None:

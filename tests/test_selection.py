@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval_ray.selection import Dev, candidate, chosen, evaluate
+from retrieval_ray.selection import Dev, candidate, chosen, evaluate, gain
 from retrieval_ray.student import Student
 from retrieval_ray.tokens import TokenRows
 from tests import oracles
@@ -65,8 +65,12 @@ def _dev(student, corpus, keep=4, qrels=None):
     return Dev(lists, qrels or {}, pools, rows)
 
 
-def _measure(student, *devs):
+def _evaluate(student, *devs):
     return evaluate(student, devs, student_temperature=0.1, teacher_temperature=0.3, chunk_tokens=100)
+
+
+def _measure(student, *devs):
+    return _evaluate(student, *devs)[0]
 
 
 def _vectors(student, corpus):
@@ -111,7 +115,9 @@ def test_the_teachers_order_is_followed_by_exponential_gains(student, words):
         own = sum(gains[n] * d for n, d in zip(order, discounts, strict=True))
         best = sum(g * d for g, d in zip(sorted(gains, reverse=True), discounts, strict=True))
         expected.append(own / best)
-    assert _measure(student, dev)["teacher_ndcg@10"] == pytest.approx(np.mean(expected), rel=1e-6)
+    measures, by_query = _evaluate(student, dev)
+    assert measures["teacher_ndcg@10"] == pytest.approx(np.mean(expected), rel=1e-6)
+    assert by_query == pytest.approx(expected, rel=1e-6)  # nothing judged: this is what chooses
 
 
 def test_judged_queries_are_ranked_over_their_pools(student, words):
@@ -123,4 +129,15 @@ def test_judged_queries_are_ranked_over_their_pools(student, words):
         order = sorted(dev.pools[query], key=lambda p: -float(vectors[p] @ vectors[query]))
         found = sum(1 / np.log2(rank + 2) for rank, p in enumerate(order) if p in relevant)
         expected.append(found / sum(1 / np.log2(rank + 2) for rank in range(len(relevant))))
-    assert _measure(student, dev)["dev_ndcg@10"] == pytest.approx(np.mean(expected), rel=1e-6)
+    measures, by_query = _evaluate(student, dev)
+    assert measures["dev_ndcg@10"] == pytest.approx(np.mean(expected), rel=1e-6)
+    assert by_query == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_gain_is_of_the_measure_that_chooses():
+    history = [
+        {"epoch": 0.0, "dev_ndcg@10": 0.5, "teacher_ndcg@10": 0.1},
+        {"epoch": 1.0, "dev_ndcg@10": 0.4, "teacher_ndcg@10": 0.9},
+    ]
+    assert gain(history, 1) == pytest.approx(-0.1) and gain(history, 0) == 0
+    assert gain([{k: v for k, v in row.items() if k != "dev_ndcg@10"} for row in history], 1) == 0.8

@@ -14,11 +14,15 @@ def given() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def join(compute: ComputeConfig, gpus: float | None = None) -> None:
+def join(
+    compute: ComputeConfig, gpus: float | None = None, *, trials: int = 1, dashboard: bool = False
+) -> None:
     """Join the given cluster, or start a local one, and check that it can hold the workers.
 
-    gpus: of one worker; None: what the cluster offers. Raises ``UserError`` when the cluster cannot
-    ever give what the workers ask for: Ray itself would wait for it silently and for ever.
+    gpus: of one worker; None: what the cluster offers. trials: runs at the same time, each with workers of
+    its own. dashboard: of a local cluster, on this machine alone.
+    Raises ``UserError`` when the cluster cannot ever give what the workers ask for: Ray itself would wait
+    for it silently and for ever.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -29,9 +33,12 @@ def join(compute: ComputeConfig, gpus: float | None = None) -> None:
     if not ray.is_initialized():
         local = {} if given() else {"address": "local", "num_cpus": compute.logical_cpus}
         ray.init(
-            **local, include_dashboard=None if given() else False, log_to_driver=False, logging_level="error"
+            **local,
+            include_dashboard=None if given() else dashboard,
+            log_to_driver=False,
+            logging_level="error",
         )
-    _check(compute, gpus_per_worker(compute) if gpus is None else gpus)
+    _check(compute, gpus_per_worker(compute) if gpus is None else gpus, trials)
 
 
 def gpus_per_worker(compute: ComputeConfig) -> float:
@@ -41,18 +48,19 @@ def gpus_per_worker(compute: ComputeConfig) -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
-def _check(compute: ComputeConfig, gpus: float) -> None:
+def _check(compute: ComputeConfig, gpus: float, trials: int) -> None:
     there, workers = ray.cluster_resources(), compute.fewest_workers()
     key = "compute.workers" if compute.min_workers is None else "compute.min_workers"
+    at_once = f" x sweep.trials_at_once={trials}" if trials > 1 else ""
     needed = {
         # one for the driver of Ray Train, one to spare for Ray Data's own tasks
-        "CPU": workers * compute.cpus_per_worker + 2,
-        "GPU": workers * gpus,
+        "CPU": trials * workers * compute.cpus_per_worker + 2,
+        "GPU": trials * workers * gpus,
     }
     for name, amount in needed.items():
         if amount > there.get(name, 0):
             raise UserError(
-                f"{key}={workers} needs {amount:g} {name} "
+                f"{key}={workers}{at_once} needs {amount:g} {name} "
                 f"({compute.cpus_per_worker} CPU, {gpus:g} GPU each, 2 CPU beside them), and the "
                 f"cluster has {there.get(name, 0):g}. Lower {key}, or give the cluster more"
                 + (" (a local one: compute.logical_cpus)" if name == "CPU" else "")

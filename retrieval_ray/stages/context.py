@@ -11,6 +11,7 @@ from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.config import Config, to_dict
 from retrieval_ray.model_files import Model
 from retrieval_ray.progress import say
+from retrieval_ray.stages.claims import Claims
 from retrieval_ray.stages.profile import Profile
 
 _RECORDED = (
@@ -33,6 +34,8 @@ class Context:
     dry_run: bool = False
     planned: list[str] = field(default_factory=list)
     started: dict[str, float] = field(default_factory=dict)
+    touched: dict[str, Stage] = field(default_factory=dict)  # every stage that was asked for, by fingerprint
+    claims: Claims | None = None  # of a sweep's trial, which shares its store with others at the same time
 
     @functools.cached_property
     def student(self) -> Model:
@@ -44,7 +47,12 @@ class Context:
 
         In a dry run a stage that is not finished ends the walk through the stages.
         """
+        self.touched[stage.fingerprint] = stage
+        if self.claims and not stage.finished():
+            self.claims.take(stage.fingerprint)  # another trial may finish it meanwhile
         if stage.finished():
+            if self.claims:
+                self.claims.give_back(stage.fingerprint)
             say(f"{label}: done already ({stage.folder.path.rpartition('/')[2]})")
             self.planned.append(f"reuse  {label} ({stage.name}-{stage.fingerprint})")
             return False
@@ -86,6 +94,8 @@ class Context:
             config=to_dict(self.config),
             versions={"retrieval-ray": __version__} | {n: metadata.version(n) for n in _RECORDED},
         )
+        if self.claims:
+            self.claims.give_back(stage.fingerprint)
 
     def worker_resources(self) -> dict[str, float]:
         """Ray resources of one worker."""

@@ -183,6 +183,9 @@ def _surveyed(
             empty.append((each.query_id, "nothing_retrieved", ""))
             continue
         readings.append(trust.read(each.pool, each.rankings))
+        if config.kinds is not None and each.pool.kind not in config.kinds:
+            inconsistent.append((each.query_id, "other_kind", each.pool.kind))
+            continue
         problem = groups.inconsistency(
             each.pool,
             each.rankings,

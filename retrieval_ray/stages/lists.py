@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 
 from retrieval_ray import schema
-from retrieval_ray.artifacts import Stage
+from retrieval_ray.artifacts import Stage, digest
 from retrieval_ray.fit import CorpusData
 from retrieval_ray.losses import calibrate_temperature
 from retrieval_ray.stages.collection import Grouped
@@ -18,10 +18,17 @@ from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.step import Lists
 
 
-def lists_of(groups: Stage, split: str, negatives: Stage | None = None) -> Lists:
-    """negatives: gives the queries that the lists' negatives answer."""
+def lists_of(groups: Stage, split: str, negatives: Stage | None = None, share: float = 1.0) -> Lists:
+    """negatives: gives the queries that the lists' negatives answer.
+
+    share: of the lists, those whose query's hash comes first.
+    """
     table = schema.check(groups.read("groups.parquet"), "groups", groups.folder.path)
     table = table.filter(pa.compute.equal(table.column("split"), split))
+    if share < 1:
+        ids = table.column("query_id").to_pylist()
+        first = sorted(range(len(ids)), key=lambda n: digest(ids[n]))[: max(1, round(share * len(ids)))]
+        table = table.take(sorted(first))
     passages = table.column("passage_ids").to_pylist()
     shortest = min(map(len, passages), default=0)  # dev lists may be whole pools of unequal length
     own = None
@@ -46,14 +53,18 @@ def written(negatives: Stage) -> pa.Table:
     return schema.check(negatives.read("queries.parquet"), "queries", negatives.folder.path)
 
 
-def data_of(corpus: Grouped, depth: int) -> CorpusData:
-    """Read on every worker: only ids travel, and the texts that they name are looked up."""
+def data_of(corpus: Grouped, depth: int, share: float = 1.0) -> CorpusData:
+    """Read on every worker: only ids travel, and the texts that they name are looked up.
+
+    share: of the training lists.
+    """
     queries = queries_table(corpus.queries)
     if corpus.negatives is not None:  # some stand in both, with the same text
         queries = pa.concat_tables([queries, written(corpus.negatives)])
     qrels = qrels_of(corpus.queries, "dev")
     fused = rankings_of(corpus.retrieved, FUSED, qrels) if qrels else {}
-    train, dev = lists_of(corpus.groups, "train", corpus.negatives), lists_of(corpus.groups, "dev")
+    train = lists_of(corpus.groups, "train", corpus.negatives, share)
+    dev = lists_of(corpus.groups, "dev")
     dev_pools = {q: [p for p, _ in fused.get(q, [])[:depth]] for q in qrels}
     named = chain(train.passage_ids, dev.passage_ids, dev_pools.values())
     return CorpusData(

@@ -29,7 +29,7 @@ from retrieval_ray.stages.trainer import advance, facts_of, lora_of, remove_trac
 from retrieval_ray.step import Lists
 from retrieval_ray.student import default_chunk_tokens
 
-VERSION = 8
+VERSION = 9
 _NOT_IN_IDENTITY = ("checkpoint_minutes", "activation_gib", "rounds")
 
 
@@ -55,7 +55,7 @@ def run(context: Context, corpora: list[Grouped], judges: list[Judge]) -> Stage:
     target = stage(context.store, "train", identity)
     if not context.start(target, f"training on {', '.join(c.name for c in corpora)}"):
         return target
-    lists = [lists_of(corpus.groups, "train", corpus.negatives) for corpus in corpora]
+    lists = [lists_of(c.groups, "train", c.negatives, config.train.share) for c in corpora]
     if not any(len(part.query_ids) for part in lists):
         raise UserError("no training list is left on any corpus; see the groups stage's rejects")
     settings = _settings(context, corpora, lists)

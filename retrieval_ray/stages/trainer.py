@@ -3,7 +3,7 @@
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train.torch import TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.checkpoints import load_weights, newest
@@ -22,6 +23,7 @@ from retrieval_ray.lora import add_lora
 from retrieval_ray.model_files import Model, weights_sha
 from retrieval_ray.moe import Layout
 from retrieval_ray.progress import progress, say
+from retrieval_ray.selection import gain
 from retrieval_ray.sharding import shard
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
@@ -113,6 +115,7 @@ def _trainer(
             "folder": folder,
             "until": until,
             "depth": context.config.teacher.depth,
+            "share": context.config.train.share,
             "bar": bar,
         },
         scaling_config=ray.train.ScalingConfig(
@@ -129,6 +132,7 @@ def _trainer(
             failure_config=ray.train.FailureConfig(
                 max_failures=_FAILURES if compute.min_workers is None else _ELASTIC_FAILURES
             ),
+            callbacks=[TuneReportCallback()] if context.claims else [],  # a sweep's trial
         ),
     )
 
@@ -154,15 +158,16 @@ def _train_worker(config: dict[str, Any]) -> None:
         if rank == 0:
             config["bar"].put.remote(step, f"loss {terms['loss']:.4f}")
 
-    def on_epoch(row: Mapping[str, float]) -> None:
+    def on_epoch(history: Sequence[Mapping[str, float]]) -> None:
+        row = history[-1]
         if rank == 0:
             shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k not in ("epoch", "step"))
             config["bar"].put.remote(int(row["step"]), "", f"  epoch {row['epoch']:.0f}: {shown}")
-        ray.train.report(dict(row))
+        ray.train.report({**row, "gain": gain(history, int(row["epoch"]))})
 
     done = fit(
         student,
-        [data_of(corpus, config["depth"]) for corpus in config["corpora"]],
+        [data_of(corpus, config["depth"], config["share"]) for corpus in config["corpora"]],
         config["settings"],
         folder,
         on_step=on_step,
@@ -183,7 +188,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         (folder / _snapshot_facts(done.step)).write_json({"sha": sha})
         return
     _save(student, folder / "candidate")
-    facts = ("history", "steps", "skipped", "best_epoch", "load")
+    facts = ("history", "by_query", "steps", "skipped", "best_epoch", "load")
     (folder / _FACTS).write_json({name: getattr(done, name) for name in facts})
 
 

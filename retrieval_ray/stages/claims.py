@@ -1,0 +1,45 @@
+"""Who works on which stage, where runs share a store at the same time: one does, the others wait."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+
+@ray.remote(num_cpus=0)
+class Owners:
+    """Stages by fingerprint, and the run that each belongs to until it gives it back."""
+
+    def __init__(self) -> None:
+        self.owners: dict[str, str] = {}
+        self.changed = asyncio.Condition()
+
+    async def take(self, fingerprint: str, owner: str) -> None:
+        """Wait until the stage is nobody's or one's own, and take it."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.owners.get(fingerprint, owner) == owner)
+            self.owners[fingerprint] = owner
+
+    async def give_back(self, owner: str, fingerprint: str | None) -> None:
+        """One stage of a run, or, where it came to an end, all that it held."""
+        async with self.changed:
+            for key in [k for k, o in self.owners.items() if o == owner and fingerprint in (None, k)]:
+                del self.owners[key]
+            self.changed.notify_all()
+
+
+@dataclass(frozen=True)
+class Claims:
+    """One run's hold on stages. owners: the handle of an ``Owners`` that all runs of the store share."""
+
+    owners: Any
+    owner: str
+
+    def take(self, fingerprint: str) -> None:
+        """Wait until nobody else works on this stage."""
+        ray.get(self.owners.take.remote(fingerprint, self.owner))
+
+    def give_back(self, fingerprint: str | None = None) -> None:
+        """This stage; None: everything."""
+        ray.get(self.owners.give_back.remote(self.owner, fingerprint))

@@ -1,0 +1,291 @@
+"""Trials of a sweep, run by Ray Tune: each a light driver of the stages, in the store that all share.
+
+What trials have in common is in the store after the first of them, so no LLM and no teacher is asked twice.
+A trial's result lies in ``trials/NAME.json``, written last; a sweep that goes on reads it there.
+"""
+
+import importlib.util
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import ray
+from ray import tune
+
+from retrieval_ray import sweeps
+from retrieval_ray.artifacts import Location, Stage, digest
+from retrieval_ray.config import Config, to_dict
+from retrieval_ray.config_file import with_values
+from retrieval_ray.errors import UserError
+from retrieval_ray.progress import say
+from retrieval_ray.selection import gain, measure
+from retrieval_ray.stages import cluster, pipeline
+from retrieval_ray.stages.claims import Claims, Owners
+from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.job import explain
+from retrieval_ray.sweeps import Choices, Point, Range, Space, Trial
+
+_CALLING = ("generate", "score")  # stages that ask an LLM or a teacher
+_EXECUTION = ("output_dir", "store", "compute", "sweep")
+_ROW = ("epoch", "step", "dev_ndcg@10", "teacher_ndcg@10", "dev_kl", "gain")  # of what a trial reports
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training to make: a point, its seed, and the config that they give."""
+
+    point: Point
+    seed: int
+    config: Config
+
+    @classmethod
+    def of(cls, config: Config, space: Space, point: Point, seed: int) -> "Plan":
+        """Raises ``UserError`` for a point whose config cannot be."""
+        return cls(point, seed, with_values(config, {"seed": seed, **sweeps.settings(space, point)}))
+
+    @property
+    def name(self) -> str:
+        """The same for the same config, so that a sweep that goes on knows what is done."""
+        return digest({k: v for k, v in to_dict(self.config).items() if k not in _EXECUTION})[:12]
+
+    def label(self) -> str:
+        """For a line on the screen."""
+        point = sweeps.Setting(self.point, []).name()
+        return f"{point}, seed={self.seed}" if self.config.sweep.seeds > 1 else point
+
+
+def plans(config: Config, space: Space) -> list[Plan]:
+    """Every training of a sweep whose points are known before; of Optuna's none is."""
+    how = config.sweep
+    if how.search == "optuna":
+        return []
+    found = sweeps.points(space, how.search, how.samples, config.seed)
+    return [Plan.of(config, space, point, config.seed + n) for point in found for n in range(how.seeds)]
+
+
+def run(context: Context, space: Space) -> list[Trial]:
+    """Run every trial that is not done yet; returns them all, also those that failed or were stopped."""
+    config, folder = context.config, Location.of(context.config.output_dir) / "trials"
+    all_plans = plans(config, space)
+    known = _known(config, space, folder)
+    left = [plan for plan in all_plans if plan.name not in known]
+    count = len(left) if all_plans else max(0, config.sweep.samples - len(known))
+    say(f"sweep: {count} trials to run" + (f", {len(known)} done already" if known else ""))
+    failed: list[Trial] = []
+    if count:
+        cluster.join(
+            config.compute,
+            context.worker_resources()["num_gpus"],
+            trials=config.sweep.trials_at_once,
+            dashboard=True,  # frees what a trial held that ASHA stopped
+        )
+        failed = _tuned(context, space, folder, left, list(known.values()), count)
+        known = _known(config, space, folder)
+    order = {plan.name: n for n, plan in enumerate(all_plans)}
+    done = [trial for name, trial in known.items() if name in order or not all_plans]
+    return sorted([*done, *failed], key=lambda trial: order.get(trial.name, 0))
+
+
+def _known(config: Config, space: Space, folder: Location) -> dict[str, Trial]:
+    """Results that lie in the folder, by name, but for those of another config or space."""
+    found = {}
+    for name in folder.names() if folder.exists() else []:
+        trial = Trial(**(folder / name).read_json())
+        if trial.point.keys() != space.keys():
+            continue
+        try:
+            plan = Plan.of(config, space, trial.point, trial.seed)
+        except (KeyError, UserError):  # a label that the space lost
+            continue
+        if plan.name == trial.name:
+            found[trial.name] = trial
+    return found
+
+
+def _tuned(
+    context: Context, space: Space, folder: Location, left: list[Plan], known: list[Trial], count: int
+) -> list[Trial]:
+    """Let Tune run these plans, or Optuna find so many; returns those that failed."""
+    config, how = context.config, context.config.sweep
+    os.environ.update(RAY_CHDIR_TO_TRIAL_DIR="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
+    owners = Owners.remote()  # type: ignore[attr-defined]
+    watch = _Watch(config, space, folder, owners, count)
+    scheduler = None
+    if how.asha_epochs is not None:
+        scheduler = tune.schedulers.ASHAScheduler(
+            grace_period=how.asha_epochs + 1,  # the untouched student is a trial's first report
+            max_t=config.train.max_epochs + 2,
+            reduction_factor=how.asha_factor,
+        )
+    storage = Location.of(config.output_dir) / ".tune"
+    storage.remove()  # what is done is known from the trials' own files
+    grid = [{"point": plan.point, "seed": plan.seed} for plan in left]
+    found = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(_trial, context=context, space=space, owners=owners), _light()
+        ),
+        param_space={"trial": tune.grid_search(grid)} if grid else {},
+        tune_config=tune.TuneConfig(
+            metric="gain",
+            mode="max",
+            search_alg=None if grid else _optuna(space, known, config.seed),
+            num_samples=1 if grid else count,
+            scheduler=scheduler,
+            max_concurrent_trials=how.trials_at_once,
+        ),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=storage.path,
+            storage_filesystem=storage.filesystem,
+            callbacks=[watch],
+            verbose=0,
+        ),
+    ).fit()
+    storage.remove()
+    failed = []
+    for result in found:
+        plan = _plan_of(config, space, result.config)
+        if result.error is not None and not (folder / f"{plan.name}.json").exists():
+            message = explain(result.error) or str(result.error).strip().rpartition("\n")[2]
+            failed.append(Trial(plan.name, plan.point, plan.seed, "failed", error=message))
+    return failed
+
+
+def _light() -> dict[str, float]:
+    """A trial's own share: it only drives. On clusters of our making a resource of the head node."""
+    return {"driver_node" if "driver_node" in ray.cluster_resources() else "CPU": 0.01}
+
+
+def _optuna(space: Space, known: list[Trial], seed: int) -> Any:
+    """Optuna, told of what is done already. Raises ``UserError`` where it is not installed."""
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError(
+            "sweep.search=optuna: needs the package optuna: pip install -c constraints.txt -e '.[sweep]'"
+        )
+    from optuna.distributions import (
+        BaseDistribution,
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+    from ray.tune.search.optuna import OptunaSearch
+
+    def distribution(parameter: Range | Choices) -> BaseDistribution:
+        if isinstance(parameter, Choices):
+            return CategoricalDistribution(list(parameter.settings))
+        if parameter.whole:
+            return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
+        return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+
+    done = [trial for trial in known if trial.status == "done"]
+    return OptunaSearch(
+        space={name: distribution(parameter) for name, parameter in space.items()},
+        metric="gain",
+        mode="max",
+        seed=seed + len(known),  # going on draws anew
+        points_to_evaluate=[trial.point for trial in done] or None,
+        evaluated_rewards=[trial.gain for trial in done] or None,
+    )
+
+
+def _plan_of(config: Config, space: Space, given: Mapping[str, Any]) -> Plan:
+    """What Tune gave a trial: a plan, or a point that Optuna found."""
+    trial = given.get("trial", {"point": dict(given), "seed": config.seed})
+    return Plan.of(config, space, trial["point"], trial["seed"])
+
+
+def _trial(given: dict[str, Any], *, context: Context, space: Space, owners: Any) -> None:
+    """One training, from whatever the store lacks of its stages; runs in a process of Tune's."""
+    plan = _plan_of(context.config, space, given)
+    folder = Location.of(context.config.output_dir) / "trials"
+    claims = Claims(owners, tune.get_context().get_trial_id())
+    own = replace(context, config=plan.config, claims=claims, planned=[], started={}, touched={})
+    started = time.monotonic()
+    trial, reported = result_of(own, plan)
+    for row in [] if reported else trial.history:
+        tune.report({**row, "gain": gain(trial.history, int(row["epoch"]))})
+    trial = replace(trial, seconds=round(time.monotonic() - started, 3))
+    (folder / f"{plan.name}.json").write_json(asdict(trial))
+    tune.report({"gain": trial.gain, "epoch": trial.epoch})
+
+
+def result_of(context: Context, plan: Plan) -> tuple[Trial, bool]:
+    """Run the stages up to training; what came of it, and whether its training was run just now.
+
+    With several rounds the gains of all add up, and the epochs are the last one's.
+    """
+    grouped = pipeline.lists(context)
+    assert grouped is not None
+    rounds = pipeline.trained(context, grouped)
+    trial = Trial(plan.name, plan.point, plan.seed, "untrained", gain=0.0, calls=_calls(context))
+    if not rounds:
+        return trial, False
+    fits = [(each.folder / "fit.json").read_json() for each in rounds]
+    gains = [gain(fit["history"], fit["best_epoch"]) for fit in fits]
+    last = fits[-1]
+    trial = replace(
+        trial,
+        status="done",
+        gain=sum(gains),
+        epoch=last["best_epoch"],
+        measure=measure(last["history"][0]),
+        history=last["history"],
+        by_query=last["by_query"],
+    )
+    return trial, rounds[-1].fingerprint in context.started
+
+
+def _calls(context: Context) -> dict[str, list[Any]]:
+    """Of every stage that asks a model: how many answers it holds, and how many this run asked for."""
+    return {
+        fingerprint: [stage.name, *_asked(stage, fingerprint in context.started)]
+        for fingerprint, stage in context.touched.items()
+        if stage.name in _CALLING
+    }
+
+
+def _asked(stage: Stage, here: bool) -> tuple[int, int]:
+    manifest = stage.manifest()
+    return int(manifest["rows"]), int(manifest["rows_this_run"]) if here else 0
+
+
+class _Watch(tune.Callback):  # type: ignore[misc]
+    """Says how trials go, gives back what an ended one held, and writes down those that ASHA stopped."""
+
+    def __init__(self, config: Config, space: Space, folder: Location, owners: Any, count: int) -> None:
+        self.config, self.space, self.folder, self.owners, self.count = config, space, folder, owners, count
+        self.rows: dict[str, list[dict[str, float]]] = defaultdict(list)
+        self.ended = 0
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "step" not in result:  # the last word of a trial, not an epoch
+            return
+        self.rows[trial.trial_id].append({key: result[key] for key in _ROW if key in result})
+        label = _plan_of(self.config, self.space, trial.config).label()
+        say(f"  {label}: epoch {result['epoch']:.0f}, gain {result['gain']:+.4f}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        plan = _plan_of(self.config, self.space, trial.config)
+        record = self.folder / f"{plan.name}.json"
+        if not record.exists():
+            rows = self.rows[trial.trial_id]
+            best = max(rows, key=lambda row: row["gain"], default={"gain": math.nan, "epoch": 0})
+            history = [{key: value for key, value in row.items() if key != "gain"} for row in rows]
+            stopped = Trial(plan.name, plan.point, plan.seed, "stopped", best["gain"], int(best["epoch"]))
+            name = measure(history[0]) if history else ""
+            record.write_json(asdict(replace(stopped, history=history, measure=name)))
+        self._end(trial, f"{plan.label()}: {record.read_json()['status']}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial, f"{_plan_of(self.config, self.space, trial.config).label()}: failed")
+
+    def _end(self, trial: Any, line: str) -> None:
+        ray.get(self.owners.give_back.remote(trial.trial_id, None))
+        self.ended += 1
+        say(f"trial {self.ended} of {self.count}: {line}")

@@ -1,0 +1,227 @@
+"""A sweep on a small collection: shared stages, what it leaves, failed and stopped trials, a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+from omegaconf import OmegaConf
+
+from retrieval_ray.config_file import load
+from retrieval_ray.stages import job
+from retrieval_ray.stages.claims import Claims, Owners
+
+from .conftest import ROOT, job_module, run_job, small_settings
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+LOSS = "loss: {kl: {train.terms.infonce: 0}, infonce: {train.terms.kl: 0}}"
+KEYS = ("loss", "gain", "epoch", "test_ndcg@10", "status")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_dashboard() -> Iterator[None]:
+    """A cluster of its own: what ASHA stops is freed by what only a dashboard knows."""
+    if ray.is_initialized():
+        ray.shutdown()
+    os.environ.update(RAY_memory_monitor_refresh_ms="0")
+    yield
+    ray.shutdown()
+
+
+def arguments(
+    collection: Path, student: str, output: Path, space: str, *more: str, store: Path | None = None
+) -> list[str]:
+    """A sweep's file and overrides: trials of one epoch."""
+    output.mkdir(exist_ok=True, parents=True)
+    file = output / "space.yaml"
+    file.write_text(
+        f"base: {ROOT / 'configs' / 'cpu.yaml'}\nsweep:\n  question: Which loss?\n  test: all\n  space:\n"
+        + "".join(f"    {line}\n" for line in space.splitlines())
+    )
+    own = [*small_settings(collection, Path(student), output), "train.max_epochs=1", "teacher.gate=false"]
+    return [str(file), *own, *([f"store={store}"] if store else []), *more]
+
+
+def sweep(given: list[str]) -> str | None:
+    """The job in this process."""
+    context = job.open_run(load(given[0], given[1:]), dry_run=False)
+    where: str | None = job_module("sweep").sweep_all(context, None)
+    return where
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(output / "leaderboard.parquet").to_pylist()
+    return rows
+
+
+def manifests(output: Path, name: str) -> list[dict[str, Any]]:
+    files = sorted((output / "store").glob(f"{name}-*/manifest.json"))
+    return [json.loads(path.read_text()) for path in files]
+
+
+@pytest.fixture(scope="module")
+def settings(collection: Path, student_folder: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three trials: two losses, and one of them with another threshold that makes other lists."""
+    space = LOSS.replace("}}", "}, strict: {groups.false_negative_ratio: 0.3}}")
+    return arguments(collection, student_folder, tmp_path_factory.mktemp("sweep") / "out", space)
+
+
+@pytest.fixture(scope="module")
+def swept(settings: list[str]) -> Path:
+    where = sweep(settings)
+    assert where
+    return Path(where).parent
+
+
+def test_every_point_is_trained_on_what_all_share(swept: Path) -> None:
+    rows = rows_of(swept)
+    assert {r["loss"] for r in rows} == {"kl", "infonce", "strict"}
+    assert [r["status"] for r in rows] == ["done"] * 3 and [r["rank"] for r in rows] == [1, 2, 3]
+    assert [r["gain"] for r in rows] == sorted((r["gain"] for r in rows), reverse=True)
+    assert (len(manifests(swept, "groups")), len(manifests(swept, "train"))) == (2, 3)
+    assert len(manifests(swept, "retrieve")) == 1 + 3  # before training, and of each trained model
+    trials = [json.loads(path.read_text()) for path in (swept / "trials").iterdir()]
+    calls = [row for trial in trials for row in trial["calls"].values() if row[0] == "score"]
+    pairs = sum(m["rows"] for m in manifests(swept, "score"))
+    assert sum(row[1] for row in calls) == 3 * pairs and sum(row[2] for row in calls) == pairs
+
+
+def test_gains_are_those_of_the_training_that_was_run(swept: Path) -> None:
+    fits = [json.loads(path.read_text()) for path in (swept / "store").glob("train-*/fit.json")]
+    gains = [fit["history"][1]["dev_ndcg@10"] - fit["history"][0]["dev_ndcg@10"] for fit in fits]
+    assert [r["gain"] for r in rows_of(swept)] == pytest.approx(sorted(gains, reverse=True))
+    assert {r["measure"] for r in rows_of(swept)} == {"dev_ndcg@10"}
+
+
+def test_the_page_and_the_test_figures_agree(swept: Path) -> None:
+    page, tested = (swept / "sweep.html").read_text(), json.loads((swept / "test.json").read_text())
+    assert page.count("<svg") == 3 and "Which loss?" in page
+    rows = {r["loss"]: r for r in rows_of(swept)}
+    assert len(tested["settings"]) == 3 and tested["queries"] == 16
+    for setting in tested["settings"]:
+        row = rows[setting["point"]["loss"]]
+        assert setting["candidate"]["ndcg@10"] == pytest.approx(row["test_ndcg@10"])
+        assert f"{row['test_ndcg@10']:.4f}" in page
+        gain = setting["candidate"]["ndcg@10"] - tested["base"]["ndcg@10"]
+        assert setting["candidate"]["delta"] == pytest.approx(gain)
+        assert setting["returned"]["ndcg@10"] in (setting["candidate"]["ndcg@10"], tested["base"]["ndcg@10"])
+
+
+def test_the_best_config_gives_adapt_the_same_run_again(swept: Path) -> None:
+    """Everything of it is in the store; its report and model lie in best/."""
+    best = OmegaConf.to_container(OmegaConf.load(swept / "best.yaml"))
+    assert isinstance(best, dict) and "sweep" not in best
+    metrics = json.loads((swept / "best" / "metrics.json").read_text())
+    returned, base = (metrics["systems"][system]["ndcg@10"] for system in ("adapted", "base"))
+    assert returned in (pytest.approx(rows_of(swept)[0]["test_ndcg@10"]), base)
+    again = run_job("adapt", [str(swept / "best.yaml"), "--dry-run"])
+    assert again.returncode == 0 and "everything is done already" in again.stdout, again.stderr
+
+
+def test_a_finished_sweep_runs_no_trial_again(swept: Path, settings: list[str], capfd: Any) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (swept / "store").glob("*/manifest.json")}
+    sweep(settings)
+    assert "sweep: 0 trials to run, 3 done already" in capfd.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (swept / "store").glob("*/manifest.json")}
+
+
+def test_a_failed_trial_stops_no_other(
+    swept: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    """Lists as long as a whole pool: some pools are shorter, and with a share of 1e-9 none is left."""
+    space = "kinds: {logged: {}, none: {groups.kinds: [claim]}}"
+    more = ["sweep.test=winner"]
+    sweep(arguments(collection, student_folder, tmp_path, space, *more, store=swept / "store"))
+    done, failed = rows_of(tmp_path)
+    assert (done["kinds"], done["status"], failed["kinds"], failed["status"]) == (
+        "logged", "done", "none", "failed",
+    )  # fmt: skip
+    assert "no training list is left" in failed["error"]
+    assert "no training list is left" in (tmp_path / "sweep.html").read_text()
+
+
+def test_asha_stops_a_trial_and_it_stays_stopped(
+    swept: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    space = "train.learning_rate: [1e-3, 1e-7, 2e-7]"
+    more = ["sweep.test=winner", "train.max_epochs=4", "train.patience=4"]
+    more += ["sweep.asha_epochs=1", "sweep.asha_factor=2"]
+    given = arguments(collection, student_folder, tmp_path, space, *more, store=swept / "store")
+    sweep(given)
+    rows = rows_of(tmp_path)
+    assert len(rows) == 3 and rows[0]["status"] == "done"
+    assert "stopped" in {r["status"] for r in rows[1:]}
+    sweep(given)
+    assert rows_of(tmp_path) == rows
+
+
+def test_optuna_searches_and_goes_on(
+    swept: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    space = "train.learning_rate: {low: 1.0e-5, high: 1.0e-3, log: true}"
+    more = ["sweep.test=winner", "sweep.search=optuna"]
+    given = arguments(collection, student_folder, tmp_path, space, *more, store=swept / "store")
+    sweep([*given, "sweep.samples=1"])
+    (first,) = rows_of(tmp_path)
+    sweep([*given, "sweep.samples=2"])
+    rows = rows_of(tmp_path)
+    assert len(rows) == 2 and first["trial"] in {r["trial"] for r in rows}
+    assert all(1e-5 <= float(r["train.learning_rate"]) <= 1e-3 for r in rows)
+
+
+def test_two_trials_at_once_make_what_they_share_once(
+    swept: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    """In a store of their own, with the same results as one after the other."""
+    sweep(arguments(collection, student_folder, tmp_path, LOSS, "sweep.trials_at_once=2"))
+    alone = {tuple(row[key] for key in KEYS) for row in rows_of(swept) if row["loss"] != "strict"}
+    assert {tuple(row[key] for key in KEYS) for row in rows_of(tmp_path)} == alone
+    for stage in manifests(tmp_path, "score"):
+        assert stage["rows_this_run"] == stage["rows"]
+    assert len(manifests(tmp_path, "groups")) == 1
+
+
+def test_a_stage_is_one_runs_at_a_time() -> None:
+    if not ray.is_initialized():
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    owners = Owners.remote()  # type: ignore[attr-defined]
+    one, other = Claims(owners, "one"), Claims(owners, "other")
+    one.take("f")
+    one.take("f")  # one's own
+    other.take("g")
+    waiting = owners.take.remote("f", "other")
+    assert ray.wait([waiting], timeout=1)[0] == []
+    one.give_back("f")
+    ray.get(waiting, timeout=10)
+    waiting = owners.take.remote("g", "one")
+    other.give_back()
+    ray.get(waiting, timeout=10)
+
+
+@pytest.mark.chaos
+def test_a_killed_sweep_goes_on_to_the_same_leaderboard(
+    swept: Path, collection: Path, student_folder: str, tmp_path: Path
+) -> None:
+    """Killed when its first trial is done, which is not run again."""
+    given = arguments(collection, student_folder, tmp_path, LOSS)
+    command = [sys.executable, str(ROOT / "jobs" / "sweep.py"), *given]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline and not list((tmp_path / "trials").glob("*.json")):
+            assert running.poll() is None, "it ended before it could be killed"
+            time.sleep(0.2)
+        running.send_signal(signal.SIGKILL)
+    (first,) = (tmp_path / "trials").glob("*.json")
+    written = first.stat().st_mtime_ns
+    sweep(given)
+    assert first.stat().st_mtime_ns == written
+    alone = {tuple(row[key] for key in KEYS) for row in rows_of(swept) if row["loss"] != "strict"}
+    assert {tuple(row[key] for key in KEYS) for row in rows_of(tmp_path)} == alone

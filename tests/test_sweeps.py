@@ -1,0 +1,199 @@
+"""What a sweep tries and what its trials say, against naive loops and made-up trials with known answers."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrieval_ray import sweeps
+from retrieval_ray.config import Config
+from retrieval_ray.config_file import with_values
+from retrieval_ray.errors import UserError
+from retrieval_ray.metrics import holm, paired_difference
+from retrieval_ray.sweeps import Choices, Range, Setting, Trial
+
+SPACE = sweeps.space_of(
+    {
+        "train.terms.clp": [0, 0.1],
+        "loss": {"kl": {"train.terms.infonce": 0}, "both": {}, "infonce": {"train.terms.kl": 0}},
+    }
+)
+
+
+def trial(
+    point: dict[str, Any], by_query: list[list[float]], *, seed: int = 0, status: str = "done", name: str = ""
+) -> Trial:
+    """A trial whose second epoch is its best."""
+    history = [{"epoch": float(n), "dev_ndcg@10": float(np.mean(row))} for n, row in enumerate(by_query)]
+    gain = history[-1]["dev_ndcg@10"] - history[0]["dev_ndcg@10"] if history else math.nan
+    return Trial(
+        name or f"{point}{seed}",
+        point,
+        seed,
+        status,
+        gain,
+        max(0, len(by_query) - 1),
+        "dev_ndcg@10",
+        history,
+        by_query,
+    )
+
+
+# --- the space and its points -----------------------------------------------------------------
+
+
+def test_a_grid_holds_every_combination_once_in_the_order_given() -> None:
+    found = sweeps.points(SPACE, "grid", 1, 0)
+    assert found == [
+        {"train.terms.clp": clp, "loss": loss}
+        for clp, loss in itertools.product(["0", "0.1"], ["kl", "both", "infonce"])
+    ]
+
+
+def test_a_point_sets_what_its_labels_say() -> None:
+    point = {"train.terms.clp": "0.1", "loss": "infonce"}
+    assert sweeps.settings(SPACE, point) == {"train.terms.clp": 0.1, "train.terms.kl": 0}
+    terms = with_values(Config(), {**sweeps.settings(SPACE, point), "queries.negatives": True}).train.terms
+    assert (terms.clp, terms.kl, terms.infonce) == (0.1, 0, 0.1)
+
+
+def test_values_keep_their_kind_and_lists_and_null_have_labels() -> None:
+    space = sweeps.space_of({"groups.kinds": [None, ["title", "log"]], "train.dropout": [True, False]})
+    points = sweeps.points(space, "grid", 1, 0)
+    assert [p["groups.kinds"] for p in points] == ["null", "null", "title+log", "title+log"]
+    values = [sweeps.settings(space, point) for point in points]
+    assert values[0] == {"groups.kinds": None, "train.dropout": True}
+    assert values[3] == {"groups.kinds": ["title", "log"], "train.dropout": False}
+
+
+@given(st.integers(0, 1000), st.floats(1e-6, 1e3), st.floats(1.01, 1e4), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_draws_stay_in_their_range_and_are_the_same_for_a_seed(
+    seed: int, low: float, ratio: float, log: bool
+) -> None:
+    space: sweeps.Space = {
+        "x": Range(low, low * ratio, log),
+        "n": Range(1, 8),
+        "k": Choices({"a": {}, "b": {}}),
+    }
+    points = sweeps.points(space, "random", 8, seed)
+    assert points == sweeps.points(space, "random", 8, seed)
+    for point in points:
+        assert low * (1 - 1e-9) <= point["x"] <= low * ratio * (1 + 1e-9)
+        assert isinstance(point["n"], int) and 1 <= point["n"] <= 8 and point["k"] in ("a", "b")
+
+
+def test_draws_over_few_points_repeat_none() -> None:
+    points = sweeps.points({"k": SPACE["loss"]}, "random", 100, 3)
+    assert sorted(point["k"] for point in points) == ["both", "infonce", "kl"]
+
+
+def test_logarithmic_draws_are_as_often_in_every_decade() -> None:
+    drawn = [p["x"] for p in sweeps.points({"x": Range(1e-4, 1.0, log=True)}, "random", 2000, 1)]
+    counts = np.histogram(np.log10(drawn), bins=4, range=(-4, 0))[0]
+    assert counts.min() > 420 and counts.sum() == 2000  # 500 +- 4 standard deviations
+
+
+@pytest.mark.parametrize(
+    ("given_space", "named"),
+    [
+        ({}, "sweep.space"),
+        ({"a.b": []}, "a.b"),
+        ({"a.b": 3}, "a.b"),
+        ({"a.b": [1, 1]}, "twice"),
+        ({"a.b": {"low": 2, "high": 1}}, "low"),
+        ({"a.b": {"low": 0, "high": 1, "log": True}}, "log"),
+        ({"a.b": {"low": "x", "high": 1}}, "low"),
+        ({"a.b": {"kl": 3}}, "a.b"),
+    ],
+)
+def test_a_space_that_is_none_is_an_error_that_names_it(given_space: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        sweeps.space_of(given_space)
+
+
+def test_a_grid_over_a_range_is_an_error() -> None:
+    with pytest.raises(UserError, match="random or optuna"):
+        sweeps.points({"train.learning_rate": Range(1e-5, 1e-3)}, "grid", 1, 0)
+
+
+# --- what trials say --------------------------------------------------------------------------
+
+
+def test_settings_are_ranked_by_the_mean_over_seeds_and_unfinished_ones_come_last() -> None:
+    kl, both, clp = (
+        {"train.terms.clp": c, "loss": x} for c, x in (("0", "kl"), ("0", "both"), ("0.1", "kl"))
+    )
+    ranked = sweeps.ranked(
+        [
+            trial(kl, [[0.1], [0.9]], seed=0),
+            trial(both, [[0.1], [0.4]], seed=0),
+            trial(kl, [[0.1], [0.0]], seed=1),
+            trial(both, [[0.1], [0.7]], seed=1),
+            trial(clp, [[0.0], [1.0]], seed=0),
+            trial(clp, [], seed=1, status="failed"),
+        ]
+    )
+    assert [setting.point for setting in ranked] == [both, kl, clp]
+    assert ranked[0].gain == pytest.approx(0.45) and ranked[1].gain == pytest.approx(0.35)
+    assert ranked[2].gain == -math.inf and ranked[0].name() == "train.terms.clp=0, loss=both"
+
+
+def test_the_effect_of_a_level_is_the_mean_change_per_query_of_its_trials() -> None:
+    rng = np.random.default_rng(5)
+    base_Q = rng.uniform(0, 1, 40)
+    trials = []
+    for point in sweeps.points(SPACE, "grid", 1, 0):
+        lift = 0.05 if point["loss"] == "both" else 0.0
+        trials.append(trial(point, [base_Q.tolist(), (base_Q + lift + rng.normal(0, 0.01, 40)).tolist()]))
+    found = sweeps.effects(SPACE, trials, {"loss": "kl"})
+    assert list(found) == ["train.terms.clp", "loss"]
+    assert [level.label for level in found["loss"]] == ["kl", "both", "infonce"]
+    by_label = {}
+    for loss in ("kl", "both", "infonce"):
+        own = [t for t in trials if t.point["loss"] == loss]
+        by_label[loss] = np.mean([np.subtract(t.by_query[1], t.by_query[0]) for t in own], axis=0)
+    kl, both, infonce = found["loss"]
+    assert both.trials == 2 and both.gain.mean == pytest.approx(by_label["both"].mean())
+    assert kl.against is None and both.against is not None and infonce.against is not None
+    raw = {x: paired_difference(by_label["kl"], by_label[x]) for x in ("both", "infonce")}
+    adjusted = holm({x: d.p for x, d in raw.items()})
+    assert both.against.mean == pytest.approx(raw["both"].mean) and both.against.p == adjusted["both"]
+    assert both.against.p < 0.01 < infonce.against.p
+
+
+def test_levels_with_other_dev_queries_are_not_set_against_each_other() -> None:
+    space: sweeps.Space = {"k": Choices({"a": {}, "b": {}})}
+    trials = [trial({"k": "a"}, [[0.0] * 4, [0.1] * 4]), trial({"k": "b"}, [[0.0] * 6, [0.3] * 6])]
+    a, b = sweeps.effects(space, trials, {})["k"]
+    assert (a.gain.mean, b.gain.mean) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert a.against is None and b.against is None
+
+
+def test_calls_needed_and_made_are_counted_by_stage() -> None:
+    first, second = (trial({"k": str(n)}, []) for n in range(2))
+    first.calls.update({"f1": ["score", 100, 60], "f2": ["generate", 10, 10]})
+    second.calls.update({"f1": ["score", 100, 0], "f3": ["score", 40, 5]})
+    assert sweeps.saved([first, second], "score") == (240, 65)
+    assert sweeps.saved([first, second], "generate") == (10, 10)
+
+
+def test_the_leaderboard_has_a_row_a_trial_and_a_column_a_parameter() -> None:
+    point = {"train.terms.clp": "0", "loss": "kl"}
+    trials = [
+        trial(point, [[0.2, 0.2], [0.3, 0.5]], name="a"),
+        Trial("b", {**point, "loss": "both"}, 0, "failed", error="x"),
+    ]
+    table = sweeps.leaderboard(SPACE, trials, {"a": 0.4})
+    one, other = table.to_pylist()
+    assert (one["rank"], one["trial"], one["loss"], one["test_ndcg@10"]) == (1, "a", "kl", 0.4)
+    assert one["gain"] == pytest.approx(0.2) and one["low"] <= 0.2 <= one["high"]
+    assert (other["rank"], other["status"], other["gain"], other["error"]) == (2, "failed", None, "x")
+
+
+def test_a_setting_without_trials_has_a_name() -> None:
+    assert Setting({"a": "x", "train.learning_rate": 1e-4}, []).name() == "a=x, train.learning_rate=0.0001"
