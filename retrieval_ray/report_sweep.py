@@ -93,7 +93,8 @@ def _differences(name: str, levels: Sequence[Level]) -> list[str]:
         for level in clear
         if level.against
     )
-    return [f"{name}, against {reference}: {told}. The others do not differ clearly."]
+    others = " The others do not differ clearly." if len(clear) < len(known) else ""
+    return [f"{name}, against {reference}: {told}.{others}"]
 
 
 def _interval(found: Difference | None) -> str:
@@ -141,7 +142,7 @@ def _table(settings: Sequence[Setting], tested: Mapping[str, OnTest], base: floa
             f"<p class='note'>The base model has nDCG@10 {base:.4f} on the test split, which had no part in "
             "the choice. The trained model is measured also where the run would return the base.</p>"
         )
-    return cells(head, rows, marked=settings[0].name()) + note
+    return f"<div class=wide>{cells(head, rows, marked=settings[0].name())}</div>{note}"
 
 
 def _tested(seen: OnTest | None, seeds: int) -> list[str]:

@@ -32,6 +32,7 @@ class Context:
     profile: Profile
     chosen_student: Model | None = None  # None: the config's
     dry_run: bool = False
+    quiet: bool = False  # nothing is said of what is done already
     planned: list[str] = field(default_factory=list)
     started: dict[str, float] = field(default_factory=dict)
     touched: dict[str, Stage] = field(default_factory=dict)  # every stage that was asked for, by fingerprint
@@ -53,7 +54,8 @@ class Context:
         if stage.finished():
             if self.claims:
                 self.claims.give_back(stage.fingerprint)
-            say(f"{label}: done already ({stage.folder.path.rpartition('/')[2]})")
+            if not self.quiet:
+                say(f"{label}: done already ({stage.folder.path.rpartition('/')[2]})")
             self.planned.append(f"reuse  {label} ({stage.name}-{stage.fingerprint})")
             return False
         if self.dry_run:

@@ -242,9 +242,9 @@ def result_of(context: Context, plan: Plan) -> tuple[Trial, bool]:
 def _calls(context: Context) -> dict[str, list[Any]]:
     """Of every stage that asks a model: how many answers it holds, and how many this run asked for."""
     return {
-        fingerprint: [stage.name, *_asked(stage, fingerprint in context.started)]
+        fingerprint: [kind, *_asked(stage, fingerprint in context.started)]
         for fingerprint, stage in context.touched.items()
-        if stage.name in _CALLING
+        if (kind := stage.name.partition("-")[0]) in _CALLING  # score-late: of the teacher late
     }
 
 

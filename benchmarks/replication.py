@@ -1,0 +1,95 @@
+"""Does InfoNCE alone hurt, and does listwise distillation help? The table of a replication sweep.
+
+    COLLECTIONS=DIR python jobs/sweep.py configs/sweeps/replication.yaml      # goes on over days
+    python benchmarks/replication.py out/replication
+
+Reads each collection's ``test.json``; writes ``replication.json`` and ``replication.md`` into ``results/``.
+``default`` is what the recipe returns, the base model where gate or dev queries say so; the other variants
+are the trained models themselves. The lead is the teacher's over the base model.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+KEYS = ("ndcg@10", "delta", "ci95", "p")
+
+
+def main(folder: Path) -> None:
+    """Write both files from a sweep's output folder."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/test.json"))}
+    if not found:
+        sys.exit(f"no finished collection in {folder}: run the sweep first")
+    document = summary(found)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "replication.json").write_text(json.dumps(document, indent=1) + "\n")
+    (RESULTS / "replication.md").write_text(table(document))
+    print(table(document))
+
+
+def summary(tested: dict[str, Any]) -> dict[str, Any]:
+    """By collection base, teacher and every variant; the default's mean gain and share of the lead."""
+    collections: dict[str, Any] = {}
+    for name, document in tested.items():
+        rows = {row["point"]["variant"]: row for row in document["settings"]}
+        default = rows["default"]
+        collections[name] = {
+            "base": {"ndcg@10": document["base"]["ndcg@10"]},
+            "teacher": {key: default["teacher"][key] for key in KEYS},
+            "queries": document["queries"],
+            "seeds": default["seeds"],
+        }
+        for variant, row in rows.items():
+            system = "returned" if variant == "default" else "candidate"
+            collections[name][variant] = {key: row[system][key] for key in KEYS}
+    leads = {name: c["teacher"]["delta"] for name, c in collections.items()}
+    shares = {n: c["default"]["delta"] / leads[n] for n, c in collections.items() if leads[n] > 0}
+    return {
+        "collections": collections,
+        "mean_gain": float(np.mean([c["default"]["delta"] for c in collections.values()])),
+        "share_of_lead": float(np.mean(list(shares.values()))) if shares else None,
+        "share_of_lead_by_collection": shares,
+    }
+
+
+def table(document: dict[str, Any]) -> str:
+    """The summary as Markdown."""
+    collections = document["collections"]
+    variants = [
+        key for key in next(iter(collections.values())) if key not in ("base", "teacher", "queries", "seeds")
+    ]
+    lines = [
+        "# Replication: nDCG@10 on test queries",
+        "",
+        "Difference to the base model with its 95 % interval over queries and p (paired randomisation test); "
+        "the mean over seeds where there are several. `default` is what the recipe returns.",
+        "",
+        "| collection | queries | seeds | base | teacher | " + " | ".join(variants) + " |",
+        "|---|" + "---|" * (4 + len(variants)),
+    ]
+    for name, c in collections.items():
+        cells = [
+            f"{c[v]['ndcg@10']:.4f} ({c[v]['delta']:+.4f}, {c[v]['ci95'][0]:+.4f} to {c[v]['ci95'][1]:+.4f}, "
+            f"p {c[v]['p']:.2g})"
+            for v in ("teacher", *variants)
+        ]
+        start = f"| {name} | {c['queries']} | {c['seeds']} | {c['base']['ndcg@10']:.4f} | "
+        lines.append(start + " | ".join(cells) + " |")
+    share = document["share_of_lead"]
+    closed = f"{share:.0%}" if share is not None else "it leads nowhere"
+    lines += [
+        "",
+        f"Mean gain of the default: {document['mean_gain']:+.4f}. Share of the lead closed: {closed}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python benchmarks/replication.py OUTPUT_DIR_OF_THE_SWEEP")
+    main(Path(sys.argv[1]))
