@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval_ray import sweeps
-from retrieval_ray.config import Config
-from retrieval_ray.config_file import with_values
+from retrieval_ray.artifacts import digest
+from retrieval_ray.config import Config, to_dict
+from retrieval_ray.config_file import load, with_values
+from retrieval_ray.datasets import split_spec
 from retrieval_ray.errors import UserError
 from retrieval_ray.metrics import holm, paired_difference
 from retrieval_ray.sweeps import Choices, Range, Setting, Trial
@@ -197,3 +200,42 @@ def test_the_leaderboard_has_a_row_a_trial_and_a_column_a_parameter() -> None:
 
 def test_a_setting_without_trials_has_a_name() -> None:
     assert Setting({"a": "x", "train.learning_rate": 1e-4}, []).name() == "a=x, train.learning_rate=0.0001"
+
+
+# --- the sweeps that are shipped --------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = {
+    "lambda": 5, "threshold": 9, "experts": 12, "query_kinds": 13, "loss": 7, "negatives": 9, "scale": 3,
+    "teachers": 3, "query_source": 3, "ablation": 8, "replication": 7,
+}  # fmt: skip
+
+
+def test_every_shipped_sweep_is_looked_at() -> None:
+    assert {path.stem for path in (ROOT / "configs" / "sweeps").glob("*.yaml")} == SHIPPED.keys()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_point_of_a_shipped_sweep_is_a_config_of_its_own(name: str) -> None:
+    config = load(str(ROOT / "configs" / "sweeps" / f"{name}.yaml"))
+    space = sweeps.space_of(config.sweep.space)
+    points = sweeps.points(space, config.sweep.search, config.sweep.samples, config.seed)
+    configs = [with_values(config, sweeps.settings(space, point)) for point in points]
+    assert len(configs) == SHIPPED[name]
+    assert config.sweep.question and config.sweep.question.endswith("?")
+    if name != "experts":  # one expert has nothing to route, whichever router is named
+        assert len({digest(to_dict(each)) for each in configs}) == len(configs)
+    for parameter, reference in config.sweep.reference.items():
+        assert reference in {point[parameter] for point in points}
+
+
+def test_the_replications_collections_are_configs_with_other_dev_and_test_queries() -> None:
+    config = load(str(ROOT / "configs" / "sweeps" / "replication.yaml"))
+    assert set(config.sweep.collections) == {"scifact", "covidqa", "cosqa", "medquad", "squad"}
+    for name, values in config.sweep.collections.items():
+        own = with_values(config, {**values, "sweep.collections": {}})
+        assert own.dataset.path.endswith(f"/{name}") and own.dataset.dev_split
+        assert own.dataset.max_queries == 1000
+        (split, part), (dev_split, dev_part) = map(split_spec, (own.dataset.split, own.dataset.dev_split))
+        assert split != dev_split or part[0] >= dev_part[1]
+        assert own.sweep.seeds == (3 if name in ("scifact", "covidqa", "cosqa") else 1)
