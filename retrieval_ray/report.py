@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from retrieval_ray import plots, report_training
+from retrieval_ray import plots, report_drift, report_training
 from retrieval_ray.markup import cells, prose
 from retrieval_ray.metrics import METRICS
 
@@ -17,7 +17,7 @@ table{border-collapse:collapse;margin:1rem 0 1.4rem;font-variant-numeric:tabular
 td,th{padding:.3rem .9rem;text-align:right;border-bottom:1px solid #e4e8ec}
 td:first-child,th:first-child{text-align:left}tr.marked{font-weight:600;background:#eef4ff}
 .verdict{padding:.9rem 1.2rem;border-radius:8px;background:#eef4ff;font-size:1.1rem}
-table.prose td{text-align:left;vertical-align:top;font-size:.85rem;padding:.3rem .5rem}
+table.prose :is(td,th){text-align:left;vertical-align:top;font-size:.85rem;padding:.3rem .5rem}
 svg{display:block;max-width:100%;height:auto;margin-top:1rem}.note{color:#57606a;font-size:.9rem}
 """
 
@@ -34,6 +34,7 @@ class Facts:
     per_query: Mapping[str, Mapping[str, Mapping[str, float]]]
     beside: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # dev nDCG@10: student, teacher
     parity: Sequence[Mapping[str, Any]] = ()  # the same weights on another engine or at another precision
+    drift: Mapping[str, Any] | None = None  # what training did to vectors, where there was any
 
 
 def page(
@@ -51,6 +52,8 @@ def page(
     sections = [section for facts in corpora for section in _corpus(facts)]
     if fit and training:
         sections.append(report_training.section(fit, training, rounds))
+    if drifts := {str(f.metrics["dataset"]): f.drift for f in corpora if f.drift is not None}:
+        sections.append(report_drift.section(drifts))
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width'>"
