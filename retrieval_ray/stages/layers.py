@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -80,9 +81,7 @@ def names_of(layers: Stage) -> list[str]:
 
 def vectors_of(layers: Stage, name: str) -> Sample:
     """One layer's vectors; memory holds no other's."""
-    return Sample(
-        *(_matrix(layers.read_all(f"{role}-", [name]).column(name)) for role in ("query", "passage"))
-    )
+    return Sample(_vectors(layers, "query", name), _vectors(layers, "passage", name))
 
 
 def pairs_of(layers: Stage) -> tuple[list[str], list[int]]:
@@ -122,8 +121,15 @@ def _sample(collection: Collection) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
-def _matrix(column: pa.ChunkedArray) -> Any:
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+def _vectors(layers: Stage, role: Role, name: str) -> npt.NDArray[np.float16]:
+    """Mapped, on object stores from a copy on this machine: a part is read as often as there are layers."""
+    found = []
+    for part, content in sorted(layers.manifest()["parts"].items()):
+        if part.startswith(f"{role}-"):
+            column = (layers.folder / part).near(content).read_table([name]).column(name).combine_chunks()
+            flat = column.flatten().to_numpy(zero_copy_only=False)
+            found.append(flat.reshape(len(column), column.type.list_size))
+    return np.concatenate(found)
 
 
 class _Looker:
