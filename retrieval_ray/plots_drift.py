@@ -29,11 +29,32 @@ def _layers(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             if np.isfinite(values).any():
                 lowest = min(lowest, float(np.nanmin(values)))
             ax.plot(values, style, marker="o", markersize=4, color=colour, label=f"{name}, {role}")
+    ax.set_title("Likeness to the base model")
+    _over_layers(ax, rows, lowest)
+
+
+def beside(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """CKA of passages' vectors with the base model's, by layer, a line a trained model."""
+    return figure(lambda ax: _beside(ax, models), 3.2)
+
+
+def _beside(ax: Axes, models: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    lowest = 1.0
+    for name, rows in models.items():
+        values = np.array([row["cka"]["passages"] for row in rows], dtype=float)
+        lowest = min(lowest, *values[np.isfinite(values)])
+        ax.plot(values, marker="o", markersize=4, label=name)
+    ax.set_title("CKA with the base model, passages")
+    _over_layers(ax, next(iter(models.values())), lowest)
+
+
+def _over_layers(ax: Axes, rows: Sequence[Mapping[str, Any]], lowest: float) -> None:
+    """lowest: of the values that are drawn; the highest is 1."""
     ax.set_xticks(range(len(rows)), [row["layer"] for row in rows])
-    ax.set_ylim(min(0.95, lowest - 0.1 * (1 - lowest)), 1 + 0.05 * (1 - min(0.95, lowest)))
+    bottom = min(0.95, lowest - 0.1 * (1 - lowest))
+    ax.set_ylim(bottom, 1 + 0.05 * (1 - bottom))
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.grid(axis="y")
-    ax.set_title("Likeness to the base model")
     ax.set_xlabel("layer")
     legend(ax)
 

@@ -13,6 +13,12 @@ _GEOMETRY = {
     "uniformity_queries": "uniformity of queries",
     "hubness": "hubness",
 }
+_MEANING = (
+    "Alignment: mean squared distance of a query and its relevant passage, less is better. Uniformity: log "
+    "mean exp(-2 distance²) of all pairs, the less, the more evenly spread; near 0 the vectors have collapsed. "
+    "Hubness: skewness of how often passages stand among queries' first ten; high, a few passages stand "
+    "everywhere. InfoNCE pushes for the first two, and may pay for them in ranking.</p>"
+)
 
 
 def section(drifts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -30,15 +36,31 @@ def section(drifts: Mapping[str, Mapping[str, Any]]) -> str:
             "A low cosine with a high CKA is a turn of the whole space, which by itself changes no ranking; "
             "a low CKA is another view of the texts: there most was learned, or forgotten.</p>",
             _geometry(found["layers"][-1]),
-            "<p class='note'>Of the embedding. Alignment: mean squared distance of a query and its relevant "
-            "passage, less is better. Uniformity: log mean exp(-2 distance²) of all pairs, the less, the "
-            "more evenly spread; near 0 the vectors have collapsed. Hubness: skewness of how often passages "
-            "stand among queries' first ten; high, a few passages stand everywhere. InfoNCE pushes for the "
-            "first two, and may pay for them in ranking.</p>",
+            "<p class='note'>Of the embedding. " + _MEANING,
             _moves(found),
             _every_layer(found["layers"]),
         ]
     return "".join(parts)
+
+
+def comparison(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """What several trainings of the same base model did to its vectors; each drift stage's facts by name."""
+    last = {name: found["layers"][-1] for name, found in models.items()}
+    base = next(iter(last.values()))["base"]
+    rows = [["base", "–", "–", *(_number(base[key]) for key in _GEOMETRY)]]
+    rows += [
+        [
+            name, _number(row["cka"]["passages"]), _number(row["cosine"]["passages"]),
+            *(_number(row["trained"][key]) for key in _GEOMETRY),
+        ]
+        for name, row in last.items()
+    ]  # fmt: skip
+    return (
+        plots_drift.beside({name: found["layers"] for name, found in models.items()})
+        + cells(["model", "CKA", "cosine", *_GEOMETRY.values()], rows, marked="base")
+        + "<p class='note'>Of the embedding; CKA and cosine of passages with the base model's. "
+        + _MEANING
+    )
 
 
 def gains(fit: Mapping[str, Any]) -> str:

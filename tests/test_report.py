@@ -3,6 +3,7 @@
 import re
 
 from retrieval_ray.report import Facts, drops, page
+from retrieval_ray.report_drift import comparison
 
 
 def test_what_was_dropped_is_shown_with_samples_and_cannot_inject() -> None:
@@ -175,3 +176,11 @@ def test_gains_on_training_and_on_judged_queries_stand_together_where_both_were_
     whole = page([_facts()], fit={**fit, "history": judged}, training=training)
     assert "overfits" in whole and "overfits" not in without
     assert whole.count("<svg") == without.count("<svg") + 1
+
+
+def test_several_trainings_stand_beside_each_other() -> None:
+    shown = comparison({"InfoNCE": _drift(), "a<b": _drift()})
+    assert shown.count("<svg") == 1
+    assert "<td>base</td><td>–</td><td>–</td><td>0.875</td>" in shown
+    for name in ("InfoNCE", "a&lt;b"):
+        assert f"<td>{name}</td><td>0.938</td><td>0.938</td><td>0.625</td><td>−2.125</td>" in shown

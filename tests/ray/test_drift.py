@@ -82,7 +82,7 @@ def test_what_is_found_is_what_the_two_models_vectors_say(
     found = drift.facts_of(drift.run(context, collected, trained, evaluated))
     qrels = queries.qrels_of(collected.queries, "test")
     assert found["queries"] == 16 and sorted(found["query_ids"]) == sorted(qrels)
-    assert found["passages"] == 640  # all there are
+    assert found["passages"] == layers.PASSAGES < 640
 
     texts = {role: _texts(collection, name) for role, name in (("query", "queries"), ("passage", "corpus"))}
     positives = [next(iter(qrels[q])) for q in found["query_ids"]]
