@@ -15,7 +15,7 @@ _GEOMETRY = {
 }
 _MEANING = (
     "Alignment: mean squared distance of a query and its relevant passage, less is better. Uniformity: log "
-    "mean exp(-2 distance²) of all pairs, the less, the more evenly spread; near 0 the vectors have collapsed. "
+    "mean exp(-2 distance²) of all pairs, the less, the more evenly spread; near 0 vectors have collapsed. "
     "Hubness: skewness of how often passages stand among queries' first ten; high, a few passages stand "
     "everywhere. InfoNCE pushes for the first two, and may pay for them in ranking.</p>"
 )
