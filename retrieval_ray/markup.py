@@ -11,7 +11,7 @@ table{border-collapse:collapse;margin:1rem 0 1.4rem;font-variant-numeric:tabular
 td,th{padding:.3rem .9rem;text-align:right;border-bottom:1px solid #e4e8ec}
 td:first-child,th:first-child{text-align:left}tr.marked{font-weight:600;background:#eef4ff}
 .verdict{padding:.9rem 1.2rem;border-radius:8px;background:#eef4ff;font-size:1.1rem}
-table.prose td{text-align:left;vertical-align:top;font-size:.85rem;padding:.3rem .5rem}
+table.prose :is(td,th){text-align:left;vertical-align:top;font-size:.85rem;padding:.3rem .5rem}
 .wide{overflow-x:auto}.wide td,.wide th{font-size:.85rem;padding:.3rem .5rem}
 svg{display:block;max-width:100%;height:auto;margin-top:1rem}.note{color:#57606a;font-size:.9rem}
 """

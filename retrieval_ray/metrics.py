@@ -87,6 +87,35 @@ def paired_difference(
     return Difference(observed, float(low), float(high), (extreme + 1) / (rounds + 1))
 
 
+def spearman(one_N: npt.NDArray[np.floating], other_N: npt.NDArray[np.floating]) -> float:
+    """Spearman's rank correlation; equal values share the mean of their ranks, 0 where all are equal."""
+    return float(_standard_ranks(one_N) @ _standard_ranks(other_N))
+
+
+def spearman_p(
+    one_N: npt.NDArray[np.floating],
+    other_N: npt.NDArray[np.floating],
+    *,
+    seed: int = 0,
+    rounds: int = 10_000,
+) -> float:
+    """Two-sided p of ``spearman``: one side permuted at random, the observed order among the rounds."""
+    one, other = _standard_ranks(one_N), _standard_ranks(other_N)
+    rng = np.random.default_rng(seed)
+    shuffled = _blocks(rounds, lambda n: rng.permuted(np.tile(one, (n, 1)), axis=1) @ other)
+    extreme = int((np.abs(shuffled) >= abs(float(one @ other)) - 1e-9).sum())
+    return (extreme + 1) / (rounds + 1)
+
+
+def _standard_ranks(values_N: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Ranks less their mean, as a vector of length 1; of 0 where all values are equal."""
+    _, place, counts = np.unique(values_N, return_inverse=True, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    ranks_N: npt.NDArray[np.float64] = (below + (counts - 1) / 2)[place]
+    ranks_N -= (len(values_N) - 1) / 2
+    return ranks_N / max(float(np.linalg.norm(ranks_N)), 1e-12)
+
+
 def _signs(rng: np.random.Generator, rows: int, columns: int) -> npt.NDArray[np.float64]:
     return 2.0 * rng.integers(0, 2, (rows, columns)).astype(np.float64) - 1.0
 

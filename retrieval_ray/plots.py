@@ -30,18 +30,18 @@ _MORE_COLOURS = ("#7c5cc4", "#0f8a8a", "#a0522d", "#c2486b")  # teachers that ar
 _EXPERTS = (
     "#1f6feb", "#d4881c", "#5aa469", "#b35c9e", "#7c5cc4", "#0f8a8a", "#a0522d", "#8a8f98",
 )  # fmt: skip
-_BETTER, _WORSE, _QUIET, _INK = "#1f6feb", "#c8553d", "#8a8f98", "#1c2128"
+BETTER, WORSE, QUIET, INK = "#1f6feb", "#c8553d", "#8a8f98", "#1c2128"
 _WIDTH = 9.6  # inches, the page's text width
 _PLOT = {
     "svg.hashsalt": "retrieval_ray",
     "font.size": 10,
-    "text.color": _INK,
+    "text.color": INK,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.titlepad": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _QUIET,
+    "axes.edgecolor": QUIET,
     "axes.axisbelow": True,
     "grid.color": "#e4e8ec",
     "legend.frameon": False,
@@ -75,7 +75,7 @@ def _bars(ax: Axes, per_query: Mapping[str, Mapping[str, Mapping[str, float]]]) 
             yerr=np.maximum(0, [mean_M - low, high - mean_M]),
             label=system,
             color=_COLOURS[system],
-            error_kw={"elinewidth": 1, "ecolor": _INK},
+            error_kw={"elinewidth": 1, "ecolor": INK},
         )
     ax.set_xticks(np.arange(len(METRICS)) + 0.4 - width / 2, METRICS)
     ax.tick_params(axis="x", length=0)
@@ -92,13 +92,13 @@ def changes(change_Q: Sequence[float], title: str, label: str) -> str:
 def _changes(ax: Axes, ordered: Sequence[float], title: str, label: str) -> None:
     change = np.array(ordered)
     better, worse = int((change > 0).sum()), int((change < 0).sum())
-    ax.stairs(np.maximum(change, 0), fill=True, color=_BETTER, label=f"{better} better")
-    ax.stairs(np.minimum(change, 0), fill=True, color=_WORSE, label=f"{worse} worse")
-    ax.axhline(0, color=_QUIET, linewidth=1, label=f"{len(change) - better - worse} equal")
+    ax.stairs(np.maximum(change, 0), fill=True, color=BETTER, label=f"{better} better")
+    ax.stairs(np.minimum(change, 0), fill=True, color=WORSE, label=f"{worse} worse")
+    ax.axhline(0, color=QUIET, linewidth=1, label=f"{len(change) - better - worse} equal")
     ax.set_xlim(0, len(change))
     if not (better or worse):
         ax.set_ylim(-1, 1)
-        ax.text(len(change) / 2, 0.1, "no query changed", ha="center", color=_QUIET)
+        ax.text(len(change) / 2, 0.1, "no query changed", ha="center", color=QUIET)
     ax.grid(axis="y")
     ax.set_title(title)
     ax.set_xlabel(label)
@@ -113,10 +113,10 @@ def funnel(rejected: Mapping[str, int], kept: int, trained: Mapping[str, int]) -
 def _funnel(ax: Axes, rejected: Mapping[str, int], kept: int, trained: Mapping[str, int]) -> None:
     """Each bar begins where the one above leaves off, so that what is dropped is seen to go."""
     left = kept + sum(rejected.values())
-    steps = [("collected", 0, left, _QUIET)]
+    steps = [("collected", 0, left, QUIET)]
     for reason, count in sorted(rejected.items(), key=lambda item: -item[1]):
         left -= count
-        steps.append((f"dropped: {reason.replace('_', ' ')}", left, count, _WORSE))
+        steps.append((f"dropped: {reason.replace('_', ' ')}", left, count, WORSE))
     steps.append(("kept", 0, kept, "#5aa469"))
     at = 0
     for (name, count), colour in zip(trained.items(), ("#1f6feb", "#d4881c"), strict=False):
@@ -205,7 +205,7 @@ def counts(histogram: Mapping[int, int], title: str, label: str) -> str:
 
 
 def _counts(ax: Axes, histogram: Mapping[int, int], title: str, label: str) -> None:
-    ax.bar(list(histogram), list(histogram.values()), color=_WORSE, width=0.9)
+    ax.bar(list(histogram), list(histogram.values()), color=WORSE, width=0.9)
     ax.locator_params(axis="both", integer=True)
     ax.grid(axis="y")
     ax.set_title(title)
@@ -246,7 +246,7 @@ def _load(ax: Axes, taken: Mapping[str, Sequence[int]], title: str) -> None:
     for e, colour in zip(range(experts), _EXPERTS, strict=False):
         ax.barh(range(len(taken)), shares_LE[:, e], left=lefts_LE[:, e], height=0.7, color=colour)
     for e in range(1, experts):
-        ax.axvline(e / experts, color=_INK, linestyle="--", linewidth=0.8)
+        ax.axvline(e / experts, color=INK, linestyle="--", linewidth=0.8)
     ax.set_yticks(range(len(taken)), list(taken))
     ax.set_ylim(len(taken) - 0.5, -0.5)
     ax.set_xlim(0, 1)
@@ -264,14 +264,14 @@ def _dev(ax: Axes, fit: Mapping[str, Any], chosen: int) -> None:
     measure = next(name for name in MEASURES if name in fit["history"][0])
     values = {int(row["epoch"]): row[measure] for row in fit["history"]}
     ax.plot(list(values), list(values.values()), marker="o", color=_COLOURS["adapted"])
-    ax.axhline(values[0], color=_QUIET, linestyle="--", label="untouched model")
+    ax.axhline(values[0], color=QUIET, linestyle="--", label="untouched model")
     ax.plot(
         chosen,
         values[chosen],
         "o",
         markersize=14,
         fillstyle="none",
-        color=_INK,
+        color=INK,
         label=f"returned: epoch {chosen}",
     )
     ax.locator_params(axis="x", integer=True)
@@ -288,7 +288,7 @@ def legend(ax: Axes) -> None:
 
 
 def figure(draw: Callable[[Axes], None], height: float) -> str:
-    """What is drawn, as inline SVG of the page's width; height in inches."""
+    """What ``draw`` draws, as wide as the page; height in inches."""
     with matplotlib.rc_context(_PLOT):
         canvas, ax = plt.subplots(figsize=(_WIDTH, height), layout="constrained")
         draw(ax)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from retrieval_ray import plots, report_training
+from retrieval_ray import plots, report_drift, report_training
 from retrieval_ray.markup import cells, document, prose
 from retrieval_ray.metrics import METRICS
 
@@ -22,6 +22,7 @@ class Facts:
     per_query: Mapping[str, Mapping[str, Mapping[str, float]]]
     beside: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # dev nDCG@10: student, teacher
     parity: Sequence[Mapping[str, Any]] = ()  # the same weights on another engine or at another precision
+    drift: Mapping[str, Any] | None = None  # what training did to vectors, where there was any
 
 
 def page(
@@ -39,6 +40,8 @@ def page(
     sections = [section for facts in corpora for section in _corpus(facts)]
     if fit and training:
         sections.append(report_training.section(fit, training, rounds))
+    if drifts := {str(f.metrics["dataset"]): f.drift for f in corpora if f.drift is not None}:
+        sections.append(report_drift.section(drifts))
     heading = f"<h1>{html.escape(names)}: base and adapted retriever</h1>"
     return document(names, heading + "".join(sections))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from retrieval_ray import sweep_plots, sweeps
+from retrieval_ray import plots_sweep, report_drift, sweeps
 from retrieval_ray.markup import cells, document
 from retrieval_ray.metrics import Difference
 from retrieval_ray.sweeps import Choices, Level, Setting, Space, Trial
@@ -34,12 +34,13 @@ def page(
     *,
     base: float,
     tested: Mapping[str, OnTest],
+    drifts: Mapping[str, Mapping[str, Any]],
     judged: bool,
 ) -> str:
     """The page as one HTML document; pictures are inline SVG, nothing is loaded.
 
-    base: nDCG@10 of the base model on the test split. tested: by a setting's name. judged: whether there are
-    judged dev queries.
+    base: nDCG@10 of the base model on the test split. tested, drifts: by a setting's name. judged: whether
+    there are judged dev queries.
     """
     settings = sweeps.ranked(trials)
     effects = sweeps.effects(space, trials, reference)
@@ -50,16 +51,17 @@ def page(
         f"{_measure(judged)} from the untouched student to the best trained epoch. Intervals are 95 %, over "
         "dev queries: how sure a gain is on other queries, not with other seeds.</p>",
         f"<div class='verdict'>{answers}</div>",
-        *(sweep_plots.effect(each, levels) for each, levels in effects.items()),
+        *(plots_sweep.effect(each, levels) for each, levels in effects.items()),
         *(
-            sweep_plots.against(each, parameter, trials)
+            plots_sweep.against(each, parameter, trials)
             for each, parameter in space.items()
             if not isinstance(parameter, Choices)
         ),
         "<h2>All settings</h2>",
         _table(settings, tested, base),
-        sweep_plots.parallel(space, settings) if _finite(settings) else "",
-        sweep_plots.curves(settings),
+        plots_sweep.parallel(space, settings) if _finite(settings) else "",
+        plots_sweep.curves(settings),
+        _drifted(drifts),
         _saved(trials),
         _failed(trials),
     ]
@@ -165,6 +167,12 @@ def saved_lines(trials: Sequence[Trial]) -> list[str]:
         if needed:
             lines.append(f"{what}: {needed:,} needed by the trials, {made:,} made, {needed - made:,} saved")
     return lines
+
+
+def _drifted(drifts: Mapping[str, Mapping[str, Any]]) -> str:
+    if not drifts:
+        return ""
+    return "<h2>What training did to the vectors</h2>" + report_drift.comparison(drifts)
 
 
 def _saved(trials: Sequence[Trial]) -> str:

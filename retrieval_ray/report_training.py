@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from retrieval_ray import plots
+from retrieval_ray import plots, report_drift
 from retrieval_ray.markup import cells
 
 
@@ -20,6 +20,7 @@ def section(fit: Mapping[str, Any], training: Mapping[str, Any], rounds: int) ->
         + _refreshes(training["refreshes"])
         + plots.loss(fit)
         + plots.dev(fit, training["epoch"])
+        + report_drift.gains(fit)
         + _epochs(fit, training)
         + _load(fit)
     )

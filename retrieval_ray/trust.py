@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-from retrieval_ray.groups import Pool, standardise
+from retrieval_ray.groups import Pool
+from retrieval_ray.metrics import spearman
 from retrieval_ray.negatives import Scores
 from retrieval_ray.runs import top_k
 
@@ -158,24 +158,15 @@ def heaviest_losses(rows: Iterable[Beside], count: int) -> list[Beside]:
 def parity(one_N: Scores, other_N: Scores) -> Parity:
     """Compare two runs' raw scores of the same pairs, at least one."""
     apart_N = np.abs(one_N - other_N)
-    correlation = float((standardise(_ranks(one_N)) * standardise(_ranks(other_N))).mean())
     return Parity(
         pairs=len(one_N),
         largest=float(apart_N.max()),
         mean=float(apart_N.mean()),
         scale=float(one_N.std()),
-        rank_correlation=1.0 if not apart_N.any() else correlation,
+        rank_correlation=spearman(one_N, other_N) if apart_N.any() else 1.0,
     )
 
 
 def percentiles(values: Sequence[float]) -> list[float]:
     """The percentiles that the report draws."""
     return [float(value) for value in np.percentile(values, PERCENTILES)]
-
-
-def _ranks(values_N: Scores) -> npt.NDArray[np.float64]:
-    """Ranks from the lowest on; equal values share the mean of their ranks."""
-    _, place, counts = np.unique(values_N, return_inverse=True, return_counts=True)
-    below = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    ranks: npt.NDArray[np.float64] = (below + (counts - 1) / 2)[place]
-    return ranks

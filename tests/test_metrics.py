@@ -4,8 +4,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from retrieval_ray.metrics import METRICS, NO_DIFFERENCE, holm, mean, paired_difference, per_query
+from retrieval_ray.metrics import (
+    METRICS,
+    NO_DIFFERENCE,
+    holm,
+    mean,
+    paired_difference,
+    per_query,
+    spearman,
+    spearman_p,
+)
 from tests import oracles
 
 PASSAGES = [f"p{n}" for n in range(130)]
@@ -125,3 +135,20 @@ def test_holm_lies_between_the_raw_p_and_bonferroni_and_keeps_the_order(p_values
     for first in p_values:
         for second in p_values:
             assert p_values[first] > p_values[second] or found[first] <= found[second]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=20))
+def test_spearman_is_scipys_and_zero_where_it_has_no_value(pairs):
+    one, other = np.array(pairs, dtype=float).T
+    constant = len(set(one)) == 1 or len(set(other)) == 1
+    expected = 0.0 if constant else stats.spearmanr(one, other).statistic
+    assert spearman(one, other) == pytest.approx(expected, abs=1e-9)
+
+
+def test_its_p_is_the_share_of_permutations_that_are_as_extreme():
+    """Of the 24 orders of four values, those at rho = 1 and -1: two."""
+    rising = np.array([1.0, 2.0, 3.0, 4.0])
+    assert spearman_p(rising, rising**2, seed=1) == pytest.approx(2 / 24, abs=0.01)
+    assert spearman_p(rising, np.ones(4)) == 1.0
+    many = np.arange(100.0)
+    assert spearman_p(many, -many) == 1 / 10_001

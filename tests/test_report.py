@@ -3,6 +3,7 @@
 import re
 
 from retrieval_ray.report import Facts, drops, page
+from retrieval_ray.report_drift import comparison
 
 
 def test_what_was_dropped_is_shown_with_samples_and_cannot_inject() -> None:
@@ -127,3 +128,59 @@ def test_refreshes_of_negatives_and_rounds_are_shown_where_there_were_any() -> N
     whole = page([_facts()], fit=fit, training={**training, "refreshes": [row]}, rounds=2)
     assert "<tr><td>40<td>80<td>a&lt;b<td>1,234<td>37.5%<td>5,678<td>91</tr>" in whole.replace("</td>", "")
     assert "This is round 2" in whole
+
+
+def _drift(**more: object) -> dict[str, object]:
+    geometry = {
+        "alignment": 0.875, "uniformity_passages": -2.125, "uniformity_queries": -3.0, "hubness": None
+    }  # fmt: skip
+    like = {"passages": 0.9375, "queries": 0.8125}
+    rows = [
+        {"layer": "embeddings", "cka": {"passages": None, "queries": None}, "cosine": like,
+         "base": geometry, "trained": geometry},
+        {"layer": "final", "cka": like, "cosine": like, "base": geometry,
+         "trained": {**geometry, "alignment": 0.625, "hubness": 1.5}},
+    ]  # fmt: skip
+    return {
+        "queries": 3, "passages": 1234, "layers": rows, "query_ids": ["a", "b", "c"],
+        "moved": [0.125, 0.25, 0.5], "change": [0.5, 0.0, -0.25],
+        "spearman": {"value": -0.4375, "p": 0.03125}, **more,
+    }  # fmt: skip
+
+
+def test_what_training_did_to_the_vectors_is_shown_where_a_model_was_trained() -> None:
+    without = page([_facts()], fit=None, training=None)
+    assert "What training did" not in without
+    whole = page([_facts(drift=_drift())], fit=None, training=None)
+    assert whole.count("<svg") == without.count("<svg") + 2
+    for figure in (
+        "1,234 passages", "3 judged queries", "-0.438", "p = 0.031",
+        "<td>alignment</td><td>0.875</td><td>0.625</td>", "<td>hubness</td><td>–</td><td>1.500</td>",
+        "<td>uniformity of passages</td><td>−2.125</td><td>−2.125</td>",
+        "<td>embeddings</td><td>–</td><td>–</td><td>0.938</td><td>0.812</td>", "0.88→0.62",
+    ):  # fmt: skip
+        assert figure in whole, figure
+    unevaluated = page([_facts(drift=_drift(change=None, spearman=None))], fit=None, training=None)
+    assert unevaluated.count("<svg") == whole.count("<svg") - 1 and "Spearman" not in unevaluated
+
+
+def test_gains_on_training_and_on_judged_queries_stand_together_where_both_were_measured() -> None:
+    history = [
+        {"epoch": float(n), "step": float(n), "dev_kl": 1.0, "teacher_ndcg@10": 0.5 + n / 8} for n in range(3)
+    ]
+    fit = {"history": history, "steps": [{"step": 1.0, "kl": 0.5}], "best_epoch": 1, "load": []}
+    tau = {"student": 0.1, "teacher": 0.2, "infonce": 0.02}
+    training = {"batch_queries": 4, "temperatures": tau, "epoch": 1, "refreshes": []}
+    without = page([_facts()], fit=fit, training=training)
+    judged = [{**row, "dev_ndcg@10": 0.25} for row in history]
+    whole = page([_facts()], fit={**fit, "history": judged}, training=training)
+    assert "overfits" in whole and "overfits" not in without
+    assert whole.count("<svg") == without.count("<svg") + 1
+
+
+def test_several_trainings_stand_beside_each_other() -> None:
+    shown = comparison({"InfoNCE": _drift(), "a<b": _drift()})
+    assert shown.count("<svg") == 1
+    assert "<td>base</td><td>–</td><td>–</td><td>0.875</td>" in shown
+    for name in ("InfoNCE", "a&lt;b"):
+        assert f"<td>{name}</td><td>0.938</td><td>0.938</td><td>0.625</td><td>−2.125</td>" in shown

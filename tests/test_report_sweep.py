@@ -24,7 +24,15 @@ def trials(lift: float = 0.05) -> list[Trial]:
 
 def page(found: list[Trial], tested: dict[str, OnTest] | None = None) -> str:
     return report_sweep.page(
-        "sweep", "Which <loss>?", SPACE, found, {"loss": "kl"}, base=0.5, tested=tested or {}, judged=True
+        "sweep",
+        "Which <loss>?",
+        SPACE,
+        found,
+        {"loss": "kl"},
+        base=0.5,
+        tested=tested or {},
+        drifts={},
+        judged=True,
     )
 
 

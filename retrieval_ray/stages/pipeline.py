@@ -8,6 +8,7 @@ from retrieval_ray.progress import say
 from retrieval_ray.sources import open_source
 from retrieval_ray.stages import (
     cluster,
+    drift,
     encode,
     evaluate,
     generate,
@@ -121,8 +122,10 @@ def _another(
 
 def evaluated(context: Context, grouped: Grouped, rounds: list[Stage]) -> results.Outcome:
     """Encode and search one collection with the trained model, where there is one, and measure."""
-    adapted = None
-    if rounds:
-        now, note = context.with_student(train.candidate(rounds[-1])), " with the adapted model"
-        adapted = retrieve.run(now, encode.run(now, grouped, note), ["dense"], note)
-    return results.Outcome(grouped, adapted, evaluate.run(context, grouped, adapted))
+    if not rounds:
+        return results.Outcome(grouped, None, evaluate.run(context, grouped, None))
+    trained, note = train.candidate(rounds[-1]), " with the adapted model"
+    now = context.with_student(trained)
+    adapted = retrieve.run(now, encode.run(now, grouped, note), ["dense"], note)
+    evaluation = evaluate.run(context, grouped, adapted)
+    return results.Outcome(grouped, adapted, evaluation, drift.run(context, grouped, trained, evaluation))

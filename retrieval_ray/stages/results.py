@@ -13,7 +13,7 @@ from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.gate import FOLDS
 from retrieval_ray.metrics import METRICS, NO_DIFFERENCE, Difference, holm, mean, paired_difference
 from retrieval_ray.model_card import model_card
-from retrieval_ray.stages import parity
+from retrieval_ray.stages import drift, parity
 from retrieval_ray.stages.collection import Grouped, Ranked
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.evaluate import trec_lines, values_of
@@ -30,6 +30,7 @@ class Outcome:
     grouped: Grouped
     adapted: Ranked | None  # the collection as the trained model sees it
     evaluated: Stage
+    drifted: Stage | None = None  # what training did to vectors, where there was any
 
     def seconds(self) -> dict[str, float]:
         """Wall time by stage, for what was run with the base model and with the trained one."""
@@ -39,6 +40,8 @@ class Outcome:
         if self.adapted:
             for stage in (self.adapted.passages, self.adapted.query_vectors, self.adapted.retrieved):
                 found[f"{stage.name}-adapted"] += stage.manifest()["seconds"]
+        if self.drifted:
+            found["drift"] += self.drifted.manifest()["seconds"]
         return {name: round(value, 3) for name, value in found.items()}
 
 
@@ -70,6 +73,7 @@ def write(context: Context, outcomes: list[Outcome], rounds: list[Stage]) -> Loc
                 per_query=_systems(values_of(o.evaluated), adapted),
                 beside=beside_of(o.grouped.groups),
                 parity=parity.run(context, o.grouped),
+                drift=drift.facts_of(o.drifted) if o.drifted else None,
             )
             for d, o in zip(documents, outcomes, strict=True)
         ],

@@ -17,7 +17,7 @@ from retrieval_ray.errors import UserError
 from retrieval_ray.metrics import Difference, holm, paired_difference
 from retrieval_ray.progress import say
 from retrieval_ray.report_sweep import OnTest
-from retrieval_ray.stages import job, pipeline, train
+from retrieval_ray.stages import drift, job, pipeline, train
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.evaluate import values_of
 from retrieval_ray.stages.sweep import Plan
@@ -37,6 +37,7 @@ class Measured:
 
     systems: dict[str, PerQuery]
     returned: bool
+    drift: dict[str, Any] | None  # what training did to vectors, see stages/drift.py; of the first corpus
 
 
 def write(context: Context, space: Space, trials: list[Trial]) -> Location:
@@ -67,6 +68,7 @@ def write(context: Context, space: Space, trials: list[Trial]) -> Location:
         config.sweep.reference,
         base=base,
         tested=tested,
+        drifts=_drifts(chosen, measured),
         judged=best.trials[0].measure != "teacher_ndcg@10",
     )
     (output / "sweep.html").write(page.encode())
@@ -104,13 +106,25 @@ def _measured(context: Context, space: Space, trial: Trial) -> Measured:
     grouped = pipeline.lists(own)
     assert grouped is not None
     rounds = pipeline.trained(own, grouped)
+    outcomes = [pipeline.evaluated(own, each, rounds) for each in grouped]
     systems: dict[str, PerQuery] = {}
-    for each in grouped:
-        for system, rows in values_of(pipeline.evaluated(own, each, rounds).evaluated).items():
+    for each, outcome in zip(grouped, outcomes, strict=True):
+        for system, rows in values_of(outcome.evaluated).items():
             found = systems.setdefault(system, {})
             found |= {f"{each.name}/{query}": values[_METRIC] for query, values in rows.items()}
     systems.setdefault("candidate", systems["base"])
-    return Measured(systems, returned=bool(rounds) and train.improved(rounds[-1]))
+    drifted = outcomes[0].drifted
+    return Measured(
+        systems,
+        returned=bool(rounds) and train.improved(rounds[-1]),
+        drift=drift.facts_of(drifted) if drifted else None,
+    )
+
+
+def _drifts(settings: list[Setting], measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
+    """By a setting's name: what training did to the vectors, with its first seed."""
+    found = {setting.name(): measured[setting.trials[0].name].drift for setting in settings}
+    return {name: facts for name, facts in found.items() if facts is not None}
 
 
 def _mean(values: PerQuery) -> float:

@@ -54,7 +54,9 @@ def test_metrics_json_keeps_its_contract(finished: Path) -> None:
     assert delta["mean"] == pytest.approx(gain)
     assert metrics["decision"] in ("base", "adapted")
     assert metrics["queries"]["kept"] + sum(metrics["queries"]["rejected"].values()) == 48
-    assert {"corpus", "queries", "encode", "retrieve", "groups", "train"} <= metrics["seconds"].keys()
+    assert {"corpus", "queries", "encode", "retrieve", "groups", "train", "drift"} <= metrics[
+        "seconds"
+    ].keys()
 
 
 def test_the_returned_model_is_the_one_that_was_measured(finished: Path, collection: Path) -> None:
@@ -98,6 +100,20 @@ def test_run_files_and_report(finished: Path) -> None:
     assert page.count("<svg") >= 5
     assert not re.search(r"""<(script|link|img|iframe)|(src|href)=["']?https?:""", page)  # self-contained
     assert (finished / "model" / "README.md").read_text().startswith("---\nlibrary_name")
+
+
+def test_what_training_did_to_the_vectors_is_measured_and_shown(finished: Path) -> None:
+    """Of the trained model, whether or not it is returned; with the change of each judged query."""
+    (folder,) = (finished / "store").glob("drift-*")
+    found = json.loads((folder / "drift.json").read_text())
+    metrics = json.loads((finished / "metrics.json").read_text())
+    trained = "adapted" if metrics["decision"] == "adapted" else "candidate"
+    gain = metrics["systems"][trained]["ndcg@10"] - metrics["systems"]["base"]["ndcg@10"]
+    assert sum(found["change"]) / 16 == pytest.approx(gain, abs=1e-5)
+    assert max(found["moved"]) > 0 and found["layers"][-1]["cka"]["passages"] < 1
+    page = (finished / "report.html").read_text()
+    assert "What training did to the vectors" in page and "600 passages" in page
+    assert f"{found['spearman']['value']:+.3f}" in page and "overfits" in page
 
 
 def test_what_the_teacher_does_to_single_queries_is_written_down_and_shown(finished: Path) -> None:
