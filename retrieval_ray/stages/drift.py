@@ -38,16 +38,15 @@ def run(context: Context, collection: Collection, trained: Model, evaluated: Sta
     base = layers.run(context, collection)
     after = layers.run(now, collection, " with the trained model")
     queries, positives = layers.pairs_of(base)
-    names = layers.names_of(base)
     rows = []
-    for name in names:
-        before, now_there = (layers.vectors_of(each, name) for each in (base, after))
-        rows.append({"layer": name, **drift.compare(before, now_there, np.array(positives))})
-    moved_Q = 1 - drift.cosines(before.queries_QD, now_there.queries_QD)  # at the last, the embedding
+    for name in layers.names_of(base):
+        one, other = layers.vectors_of(base, name), layers.vectors_of(after, name)
+        rows.append({"layer": name, **drift.compare(one, other, np.array(positives))})
+    moved_Q = 1 - drift.cosines(one.queries_QD, other.queries_QD)  # at the last layer, the embedding
     change_Q = _changes(evaluated, queries) if evaluated else None
     found = {
         "queries": len(queries),
-        "passages": len(before.passages_PD),
+        "passages": len(one.passages_PD),
         "layers": rows,
         "query_ids": queries,
         "moved": moved_Q.tolist(),
