@@ -35,14 +35,25 @@ def join(compute: ComputeConfig, gpus: float | None = None) -> None:
 
 
 def gpus_per_worker(compute: ComputeConfig) -> float:
-    """As told; else one where the cluster has GPUs."""
+    """As told; else one where the cluster has GPUs, or can get some."""
     if compute.gpus_per_worker is not None:
         return compute.gpus_per_worker
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    return 1.0 if offered().get("GPU", 0) else 0.0
+
+
+def offered() -> dict[str, float]:
+    """What the cluster has of each resource, or can grow to by the limits of its autoscaler.
+
+    A cluster that takes its machines when they are asked for has none when a job begins.
+    """
+    from ray._private.state import state  # not public; Ray Train asks the same before it waits
+
+    there, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
+    return {name: max(there.get(name, 0.0), float(most.get(name, 0))) for name in {*there, *most}}
 
 
 def _check(compute: ComputeConfig, gpus: float) -> None:
-    there, workers = ray.cluster_resources(), compute.fewest_workers()
+    there, workers = offered(), compute.fewest_workers()
     key = "compute.workers" if compute.min_workers is None else "compute.min_workers"
     needed = {
         # one for the driver of Ray Train, one to spare for Ray Data's own tasks
@@ -54,6 +65,6 @@ def _check(compute: ComputeConfig, gpus: float) -> None:
             raise UserError(
                 f"{key}={workers} needs {amount:g} {name} "
                 f"({compute.cpus_per_worker} CPU, {gpus:g} GPU each, 2 CPU beside them), and the "
-                f"cluster has {there.get(name, 0):g}. Lower {key}, or give the cluster more"
+                f"cluster has at most {there.get(name, 0):g}. Lower {key}, or give the cluster more"
                 + (" (a local one: compute.logical_cpus)" if name == "CPU" else "")
             )
