@@ -173,7 +173,7 @@ def _check(engine: Mapping[str, Any], replicas: int, *, on_gpu: bool) -> None:
             "llm.engine=vllm: vLLM is not installed here; install the 'gpu' extra, or name an "
             "OpenAI-compatible server (llm.engine=endpoint llm.url=...)"
         )
-    there, each = ray.cluster_resources(), devices(engine)
+    there, each = cluster.offered(), devices(engine)
     needed = {"GPU": replicas * each if on_gpu else 0, "CPU": replicas * each + 2}
     for name, amount in needed.items():
         if amount > there.get(name, 0):

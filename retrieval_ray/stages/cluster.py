@@ -2,10 +2,12 @@
 
 import logging
 import os
+import sys
 
 import ray
 
 from retrieval_ray.config import ComputeConfig
+from retrieval_ray.doctor import Pool
 from retrieval_ray.errors import UserError
 
 
@@ -20,6 +22,12 @@ def join(compute: ComputeConfig, gpus: float | None = None) -> None:
     gpus: of one worker; None: what the cluster offers. Raises ``UserError`` when the cluster cannot
     ever give what the workers ask for: Ray itself would wait for it silently and for ever.
     """
+    connect(compute)
+    _check(compute, gpus_per_worker(compute) if gpus is None else gpus)
+
+
+def connect(compute: ComputeConfig) -> None:
+    """Join the given cluster, or start a local one."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
@@ -31,7 +39,6 @@ def join(compute: ComputeConfig, gpus: float | None = None) -> None:
         ray.init(
             **local, include_dashboard=None if given() else False, log_to_driver=False, logging_level="error"
         )
-    _check(compute, gpus_per_worker(compute) if gpus is None else gpus)
 
 
 def gpus_per_worker(compute: ComputeConfig) -> float:
@@ -50,6 +57,21 @@ def offered() -> dict[str, float]:
 
     there, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
     return {name: max(there.get(name, 0.0), float(most.get(name, 0))) for name in {*there, *most}}
+
+
+def node_types() -> list[Pool]:
+    """The kinds of nodes that the autoscaler may start, and how many of each; none without an autoscaler."""
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    return [
+        Pool(
+            float(group.resources.get("CPU", 0)),
+            float(group.resources.get("GPU", 0)),
+            group.max_count if group.max_count >= 0 else sys.maxsize,
+        )
+        for group in (config.node_group_configs if config is not None else [])
+    ]
 
 
 def _check(compute: ComputeConfig, gpus: float) -> None:

@@ -1,0 +1,327 @@
+"""Gathers what ``retrieval_ray.doctor`` judges: one task on each node, and objects sent between them."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import retrieval_ray
+from retrieval_ray.artifacts import Location
+from retrieval_ray.config import Config
+from retrieval_ray.doctor import Found, Node, Place, Pool, Problem, Request, problems, report, source_sha
+from retrieval_ray.errors import UserError
+from retrieval_ray.model_files import by_revision, hub_id, resolve_model, weights_sha
+from retrieval_ray.progress import say
+from retrieval_ray.sources import open_source
+from retrieval_ray.stages import cluster
+from retrieval_ray.stages.ask_vllm import devices
+
+_PACKAGES = (
+    "ray", "torch", "transformers", "sentence-transformers", "numpy", "pyarrow", "faiss-cpu", "faiss-gpu",
+    "vllm",
+)  # fmt: skip
+_OBJECT_MIB = 32
+_FILE_MIB = 8
+_PATIENCE = 900.0  # seconds for a node to answer: it may have to start, and to download models
+_SOURCE = Path(retrieval_ray.__file__).parent
+_SEES_GPUS = "import torch; print(torch.cuda.device_count())"
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a doctor is called with."""
+
+    config: Config
+    dry_run: bool
+
+
+def ready(config: Config, *, dry_run: bool) -> Visit:
+    """In place of a run: writes nothing of its own into the output folder."""
+    return Visit(config, dry_run)
+
+
+def examine(config: Config) -> tuple[str, bool]:
+    """Look at every node of the cluster; the report, and whether nothing stands in the way of a job."""
+    cluster.connect(config.compute)
+    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
+    say(f"looking at {len(alive)} nodes")
+    nodes, silent = _nodes(config, alive)
+    source = source_sha(_SOURCE)
+    found = _datasets(config) + problems(
+        nodes, _pools(alive), request_of(config), driver_source=source, silent=silent
+    )
+    return report(nodes, found), not any(problem.stops for problem in found)
+
+
+def models_of(config: Config) -> dict[str, tuple[str, bool]]:
+    """Every model that workers load, by its key: (name, whether it is large and not to be downloaded now)."""
+    named = {"student.model": (config.student.model, False)}
+    named |= {f"retrieve.models.{name}.model": (m.model, False) for name, m in config.retrieve.models.items()}
+    for number, (name, member) in enumerate(config.teacher.named().items()):
+        if member.model and member.kind != "listwise":  # of an endpoint only the name is known
+            several = config.teacher.kind == "ensemble"
+            key = f"teacher.members[{number}].model" if several else "teacher.model"
+            named[f"{key} ({name})" if several else key] = (member.model, True)
+    if config.llm.model and config.llm.engine == "vllm":
+        named["llm.model"] = (config.llm.model, True)
+    return named
+
+
+def request_of(config: Config) -> Request:
+    """What the config asks of a cluster."""
+    compute, llm = config.compute, config.llm
+    engines = "llm" in (config.queries.sources or []) and llm.engine == "vllm"
+    gpus = cluster.gpus_per_worker(compute)
+    keys = ["llm.engine"] * engines + ["teacher.engine"] * any(
+        member.engine == "vllm" for member in config.teacher.named().values()
+    )
+    return Request(
+        workers=compute.fewest_workers(),
+        cpus=compute.cpus_per_worker,
+        gpus=gpus,
+        workers_key="compute.workers" if compute.min_workers is None else "compute.min_workers",
+        engines=(llm.replicas or compute.workers) if engines and gpus else 0,
+        engine_gpus=devices(llm.vllm),
+        vllm_keys=keys,
+    )
+
+
+def _pools(alive: Sequence[Mapping[str, Any]]) -> list[Pool]:
+    there = [Pool(_has(node, "CPU"), _has(node, "GPU"), 1) for node in alive]
+    return cluster.node_types() or there
+
+
+def _has(node: Mapping[str, Any], name: str) -> float:
+    return float(node["Resources"].get(name, 0.0))
+
+
+def _datasets(config: Config) -> list[Problem]:
+    """The corpora, which the driver alone reads."""
+    found = []
+    for dataset in config.corpora():
+        try:
+            open_source(dataset.path)
+        except UserError as error:
+            found.append(Problem("driver", str(error), "Put the corpus where the head node sees it"))
+    return found
+
+
+def _nodes(config: Config, alive: Sequence[Mapping[str, Any]]) -> tuple[list[Node], list[str]]:
+    """What each node says, and the names of those that say nothing."""
+    urls = {"output_dir": config.output_dir} | ({"store": config.store} if config.store else {})
+    mark = uuid.uuid4().bytes
+    places = {key: (url, f".doctor-{mark.hex()}-{key}") for key, url in urls.items()}
+    for url, name in places.values():
+        try:
+            (Location.of(url) / name / "driver").write(mark)
+        except Exception as error:  # said by the nodes, which meet the same
+            say(f"  '{url}' cannot be written from here: {error}")
+    look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    asked = {
+        _on(look, node).remote(_name(node), bool(_has(node, "GPU")), places, mark, models_of(config)): node
+        for node in alive
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE)
+    said, silent = [], []
+    for reference, node in asked.items():
+        try:
+            said.append((node, ray.get(reference) if reference in answered else None))
+        except Exception as error:  # of whatever kind: this node is not fit for work
+            say(f"  {_name(node)}: {error}")
+            said.append((node, None))
+    silent = [_name(node) for node, facts in said if facts is None]
+    healthy = [node for node, facts in said if facts is not None]
+    fetched = _fetched(healthy)
+    seen = {key: _names(url, name) for key, (url, name) in places.items()}
+    nodes = []
+    for node, facts in said:
+        if facts is None:
+            continue
+        kept = {
+            key: replace(place, seen_by_driver=_name(node) in seen[key]) if not place.error else place
+            for key, place in facts.pop("storage").items()
+        }
+        nodes.append(
+            Node(
+                name=_name(node),
+                cpus=_has(node, "CPU"),
+                gpus=_has(node, "GPU"),
+                object_store=_has(node, "object_store_memory"),
+                fetched=fetched.get(_name(node)),
+                skew=_skew(node),
+                storage=kept,
+                **facts,
+            )
+        )
+    for url, name in places.values():
+        try:
+            (Location.of(url) / name).remove()
+        except Exception as error:
+            say(f"  '{url}/{name}' could not be removed: {error}")
+    return nodes, silent
+
+
+def _on(task: Any, node: Mapping[str, Any]) -> Any:
+    return task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return f"{node['NodeManagerHostname']}-{node['NodeID'][:6]}"
+
+
+def _names(url: str, name: str) -> set[str]:
+    try:
+        return set((Location.of(url) / name).names())
+    except Exception:  # said by the nodes
+        return set()
+
+
+def _look(
+    name: str,
+    has_gpus: bool,
+    places: Mapping[str, tuple[str, str]],
+    mark: bytes,
+    models: Mapping[str, tuple[str, bool]],
+) -> dict[str, Any]:
+    """Runs on a node."""
+    store, spill = _folders()
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "source": source_sha(_SOURCE),
+        "source_folder": str(_SOURCE),
+        "visible_gpus": _visible_gpus() if has_gpus else 0,
+        "storage": {key: _place(url, folder, name, mark) for key, (url, folder) in places.items()},
+        "models": {key: _model(model, key, large) for key, (model, large) in models.items()},
+        "object_store_folder": store,
+        "spill_folder": spill,
+        "spill_free": float(shutil.disk_usage(spill).free),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _visible_gpus() -> int:
+    """By a process of its own: Ray may hide GPUs from one that has asked for none."""
+    environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run([sys.executable, "-c", _SEES_GPUS], env=environment, capture_output=True, text=True)
+    return int(done.stdout) if done.returncode == 0 else 0
+
+
+def _folders() -> tuple[str, str]:
+    """Where this node's objects lie, in memory and spilled: told by the command that started its raylet."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        words = []
+    told = dict(word.lstrip("-").split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    spill = told.get("fallback_directory", tempfile.gettempdir())
+    return told.get("plasma_directory", "/dev/shm"), spill if os.path.isdir(spill) else tempfile.gettempdir()
+
+
+def _place(url: str, folder: str, name: str, mark: bytes) -> Place:
+    """Write as the stages do (whole, by an atomic move), read back, read what the driver wrote, delete."""
+    data = np.random.default_rng().bytes(_FILE_MIB * 2**20)
+    try:
+        location = Location.of(url) / folder
+        start = time.perf_counter()
+        (location / name).write(data)
+        written = time.perf_counter()
+        same = (location / name).read() == data
+        read = time.perf_counter()
+        if not same:
+            return Place(url, "what was read is not what was written")
+        (location / f"{name}-deleted").write(mark)
+        (location / f"{name}-deleted").remove()
+        if (location / f"{name}-deleted").exists():
+            return Place(url, "what was deleted is still there")
+        driver = location / "driver"
+        sees = driver.exists() and driver.read() == mark
+    except Exception as error:  # whatever the filesystem raises is what the user must read
+        return Place(url, str(error) or type(error).__name__)
+    return Place(url, None, sees, True, _FILE_MIB / (written - start), _FILE_MIB / (read - written))
+
+
+def _model(name: str, key: str, large: bool) -> Found:
+    """Find the model as a worker would; of one that lies here, look into every file of weights."""
+    key = key.partition(" ")[0]
+    try:
+        if large and hub_id(name):
+            return Found(name, None, by_revision(name, key).sha)
+        folder = resolve_model(name, key)
+        _open_weights(Path(folder))
+        return Found(name, None, weights_sha(folder))
+    except Exception as error:  # of files, a hub or an object store: the user must read it
+        return Found(name, str(error) or type(error).__name__)
+
+
+def _open_weights(folder: Path) -> None:
+    """Raises where a file of weights is missing or cut short: its header says how long it must be."""
+    from safetensors import safe_open
+
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise UserError(f"no weights in '{folder}': it has no .safetensors file")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as weights:
+                weights.keys()
+        except Exception as error:
+            raise UserError(f"'{file}' is not whole: {error}") from error
+
+
+def _clock() -> float:
+    return time.time()
+
+
+def _skew(node: Mapping[str, Any]) -> float:
+    """Seconds by which a node's clock is surely ahead of this one's: what the asking took is left out."""
+    task = ray.remote(num_cpus=0)(_clock)
+    best, error = 0.0, float("inf")
+    for _ in range(3):
+        start = time.time()
+        there = ray.get(_on(task, node).remote())
+        end = time.time()
+        if (end - start) / 2 < error:
+            best, error = there - (start + end) / 2, (end - start) / 2
+    return float(np.sign(best) * max(0.0, abs(best) - error))
+
+
+def _hold() -> Any:
+    return np.random.default_rng().integers(0, 2**60, _OBJECT_MIB * 2**17)
+
+
+def _fetch(held: Sequence[Any]) -> float:
+    start = time.perf_counter()
+    ray.get(held[0])
+    return _OBJECT_MIB / (time.perf_counter() - start)
+
+
+def _fetched(nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """MiB/s at which each node gets an object that lies on the one before it, one after another."""
+    if len(nodes) < 2:
+        return {}
+    hold, fetch = ray.remote(num_cpus=0)(_hold), ray.remote(num_cpus=0)(_fetch)
+    speeds = {}
+    for here, there in zip(nodes, [*nodes[1:], nodes[0]], strict=True):
+        held = _on(hold, here).remote()
+        ray.wait([held], fetch_local=False)
+        speeds[_name(there)] = float(ray.get(_on(fetch, there).remote([held])))
+    return speeds
