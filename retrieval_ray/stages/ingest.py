@@ -130,12 +130,15 @@ def _write_parts(target: Stage, source: Source, names: list[str], sort: Callable
             total += row_hash(passage_id, title, text)
             yield bucket_of(passage_text(title, text, titles=titles), len(names)), passage_id, title, text
 
-    filled = set()
-    for number, rows in groupby(sort(with_bucket()), key=itemgetter(0)):
-        target.write(names[number], _table([row[1:] for row in rows]))
-        filled.add(number)
-    for number in set(range(len(names))) - filled:
-        target.write(names[number], _table([]))
+    def tables() -> Iterator[tuple[str, pa.Table]]:
+        empty = dict.fromkeys(names)
+        for number, rows in groupby(sort(with_bucket()), key=itemgetter(0)):
+            yield names[number], _table([row[1:] for row in rows])
+            del empty[names[number]]
+        yield from ((name, _table([])) for name in empty)
+
+    for _ in each(lambda part: target.write(*part), tables()):
+        pass
     if content_of(total) != target.identity["passages"]:
         raise UserError(f"dataset '{source.name}': the corpus was changed while it was read; run again")
 
