@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from retrieval_ray.artifacts import AT_ONCE, bucket_count
+from retrieval_ray.stages import index
 
 GIB, MIB = 2.0**30, 2.0**20
 
@@ -45,7 +46,7 @@ class Hardware:
     share: float = 0.4  # of these peaks that is reached
     decoded: int = 128  # replies that an engine writes at a time
     network: float = 0.5e9  # bytes/s of one node to the store, sustained
-    answer: float = 0.03  # seconds until the store answers a request
+    answer: float = 0.1  # seconds until the store answers a request
     cache: float = 16 * GIB  # of a node's memory, for files that were read
     disk: float = 450e9  # of one node of the pool for generation: what its NVMe holds
     disk_read: float = 1e9  # bytes/s
@@ -87,12 +88,19 @@ def vector_bytes(case: Case) -> float:
     return 2.0 * case.dimension + case.id_bytes + 4
 
 
+def shards_of(passages: int, blocks: int) -> int:
+    """How many shards that many blocks of queries search."""
+    size = max(index._SHARD_PARTS, -(-parts(passages) // index._MOST_SHARDS))
+    cut = [range(at, min(at + size, parts(passages))) for at in range(0, parts(passages), size)]
+    return len(index.joined(cut, blocks))
+
+
 def ingest(passages: int, case: Case, hardware: Hardware, rates: Mapping[str, float]) -> Cost:
-    """Read twice, sorted on disk, near-duplicates found; written file by file, all in the driver."""
+    """Read twice, sorted on disk, near-duplicates found; all in the driver."""
     driver = passages * rates["ingest_us"] / 1e6
     stored = passages * rates["corpus_bytes"]
-    waiting = parts(passages) * hardware.answer * (1 + 1 / AT_ONCE)
-    moved = 2 * passages * case.text_bytes + 2 * stored
+    waiting = 3 * parts(passages) * hardware.answer / AT_ONCE  # written, read for duplicates, hashed
+    moved = 2 * passages * case.text_bytes + 3 * stored
     return Cost(
         "ingest", _hours(driver + waiting + moved / hardware.network), driver_hours=_hours(driver),
         waiting_hours=_hours(waiting), stored=stored, passing=3.0 * passages * case.text_bytes, moved=moved,
@@ -106,7 +114,9 @@ def generate(passages: int, case: Case, hardware: Hardware, rates: Mapping[str, 
     prompt = rates["prompt_characters"] / 4
     reading = 2 * case.llm * prompt * requests / (hardware.share * hardware.l4_bfloat16)
     writing = 2 * case.llm * case.reply_tokens * requests / (hardware.decoded * hardware.l4_memory)
-    waiting = 2 * parts(passages) * hardware.answer  # which passages: the driver reads the corpus twice
+    # Which passages: the driver reads the corpus twice. Then by each worker: texts, kept replies, the part
+    one = parts(passages) * hardware.answer
+    waiting = 2 * one / AT_ONCE + 5 * one / hardware.l4
     driver = passages * rates["text_us"] / 1e6
     gpu = reading + writing
     return Cost(
@@ -129,11 +139,16 @@ def encode(passages: int, case: Case, hardware: Hardware, rates: Mapping[str, fl
     )  # fmt: skip
 
 
-def retrieve(passages: int, case: Case, hardware: Hardware, rates: Mapping[str, float]) -> Cost:
-    """Exact search in float32, shard by shard, each for blocks of 8,192 queries; then merged."""
+def retrieve(
+    passages: int, case: Case, hardware: Hardware, rates: Mapping[str, float], *, joined: bool = True
+) -> Cost:
+    """Exact search in float32, shard by shard, each for blocks of 8,192 queries; then merged.
+
+    joined: shards are searched together where queries are many.
+    """
     vectors = passages * vector_bytes(case)
-    shards = min(64, math.ceil(parts(passages) / 256))
-    blocks = math.ceil(case.queries / 8192)
+    blocks = math.ceil(bucket_count(case.queries) / 16)
+    shards = shards_of(passages, blocks if joined else 1)
     product = 2.0 * case.dimension * passages * case.queries / (hardware.share * hardware.l4_float32)
     rows = case.queries * shards * (2 * case.depth + 1)
     work = product + rows * rates["row_us"] / 1e6  # a worker's GPU waits while it writes rows

@@ -49,9 +49,8 @@ def measured(folder: str, *, passages: int, queries: int, text_bytes: int, depth
     found["corpus_bytes"] = _size(corpus, "corpus-") / passages
 
     asked = log_queries(run, "made", [text[:60] for text in _texts(queries, 60, seed=1)])
-    vectors = [
-        _random_vectors(run, *of) for of in (("passage", corpus, "corpus"), ("query", asked, "queries"))
-    ]
+    sides = (("passage", corpus, "corpus"), ("query", asked, "queries"))
+    vectors = [_random_vectors(run, *side) for side in sides]
     collected = Collection("made", "test", 1, corpus, None, asked)
     encoded = extend(
         collected, Encoded, passages=vectors[0], query_vectors=vectors[1],
@@ -131,23 +130,17 @@ def _random_scores(run: Context, ranked: Any, pairs: Stage) -> Stage:
 
 
 def _cache_bytes(run: Context, rows: int) -> dict[str, float]:
-    """Of one kept score, and of one kept reply of a short question."""
+    """Of one kept score, and of one kept reply of 60 characters."""
+    texts = list(_texts(rows, 60, seed=4))
+    replies = [{"text": text, "tokens_in": 800, "tokens_out": len(text) // 4, "cut": False} for text in texts]
+    scores = np.random.default_rng(5).standard_normal(rows).tolist()
     found = {}
-    for name, value, kind in (("score", 1.5, SCORE), ("reply", _reply(), REPLY)):
+    for name, values, kind in (("score", scores, SCORE), ("reply", replies, REPLY)):
         cache = ContentCache(run.store / f"kept-{name}", "made", kind)
-        cache.write(0, 1, [cache.key(str(n), "") for n in range(rows)], [value] * rows)
+        cache.write(0, 1, [cache.key(text, "") for text in texts], values)
         folder = Path(run.store.path, f"kept-{name}")
         found[f"kept_{name}_bytes"] = sum(f.stat().st_size for f in folder.rglob("*.parquet")) / rows
     return found
-
-
-def _reply() -> dict[str, Any]:
-    return {
-        "text": "what do the weavers of the valley sell",
-        "tokens_in": 800,
-        "tokens_out": 12,
-        "cut": False,
-    }
 
 
 def _prompt_characters(texts: list[str]) -> float:
