@@ -14,7 +14,7 @@ COPY --chown=ray:users pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir -p retrieval_ray/demo retrieval_ray/stages retrieval_ray/teachers \
     && touch retrieval_ray/__init__.py \
     && pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]" boto3 \
-    && pip uninstall --yes retrieval-ray
+    && pip uninstall --yes retrieval-ray && rm -rf build retrieval_ray.egg-info
 
 COPY --chown=ray:users retrieval_ray retrieval_ray
 COPY --chown=ray:users jobs jobs
