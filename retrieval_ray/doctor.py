@@ -93,7 +93,7 @@ class Problem:
 
 def problems(
     nodes: Sequence[Node],
-    pools: Sequence[Pool],
+    pools: Sequence[Pool] | None,
     request: Request,
     *,
     driver_source: str,
@@ -101,13 +101,14 @@ def problems(
 ) -> list[Problem]:
     """Everything that is wrong, the worst first.
 
-    driver_source: hash of the package's files that the driver runs. silent: nodes that did not answer.
+    pools: None where the cluster grows, nobody knows how far. driver_source: hash of the package's files
+    that the driver runs. silent: nodes that did not answer.
     """
     found = [
         Problem(name, "did not answer", "See its logs (ray logs), or take it out of the cluster")
         for name in silent
     ]
-    found += _request(pools, request)
+    found += [] if pools is None else _request(pools, request)
     found += _versions(nodes, driver_source)
     for node in nodes:
         found += [*_storage(node), *_models(node), *_machine(node, request)]

@@ -120,6 +120,10 @@ def test_workers_are_whole_on_a_node() -> None:
     assert found(node("n1"), request=Request(16, 0.5, 0.25), pools=[Pool(32, 8, 1)]) == []
 
 
+def test_of_a_cluster_that_grows_no_room_is_asked() -> None:
+    assert problems([node("n1")], None, Request(500, 64, 8), driver_source="a" * 64) == []
+
+
 def test_vllm_is_asked_for_where_it_is_used() -> None:
     without = {**VERSIONS, "vllm": None}
     head = node("head", gpus=0, versions=without)

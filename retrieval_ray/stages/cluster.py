@@ -1,14 +1,19 @@
 """The Ray cluster of a job: the one it was submitted to, or a local one that it starts itself."""
 
 import logging
+import math
 import os
-import sys
+from pathlib import Path
+from typing import Any
 
 import ray
+from omegaconf import OmegaConf
 
 from retrieval_ray.config import ComputeConfig
 from retrieval_ray.doctor import Pool
 from retrieval_ray.errors import UserError
+
+_LAUNCHED = "~/ray_bootstrap_config.yaml"  # what Ray's launcher leaves on the head that it starts
 
 
 def given() -> bool:
@@ -45,37 +50,43 @@ def gpus_per_worker(compute: ComputeConfig) -> float:
     """As told; else one where the cluster has GPUs, or can get some."""
     if compute.gpus_per_worker is not None:
         return compute.gpus_per_worker
-    return 1.0 if offered().get("GPU", 0) else 0.0
+    return 1.0 if offered(compute).get("GPU", 0) else 0.0
 
 
-def offered() -> dict[str, float]:
-    """What the cluster has of each resource, or can grow to by the limits of its autoscaler.
+def offered(compute: ComputeConfig) -> dict[str, float]:
+    """What the cluster has of each resource, or may grow to.
 
-    A cluster that takes its machines when they are asked for has none when a job begins.
+    A cluster that takes its machines when they are asked for has none when a job begins. How far it grows
+    is known of one that Ray's launcher started; of others nothing is asked (``compute.autoscale``).
     """
-    from ray._private.state import state  # not public; Ray Train asks the same before it waits
-
-    there, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
-    return {name: max(there.get(name, 0.0), float(most.get(name, 0))) for name in {*there, *most}}
+    there, types = dict(ray.cluster_resources()), node_types()
+    most = {
+        "CPU": math.inf if compute.autoscale else sum(pool.count * pool.cpus for pool in types),
+        "GPU": math.inf if compute.autoscale else sum(pool.count * pool.gpus for pool in types),
+    }
+    return {name: max(there.get(name, 0.0), most.get(name, 0.0)) for name in {*there, *most}}
 
 
 def node_types() -> list[Pool]:
-    """The kinds of nodes that the autoscaler may start, and how many of each; none without an autoscaler."""
-    from ray._private.state import state
+    """The kinds of nodes that Ray's launcher may start, and how many of each; none on other clusters.
 
-    config = state.get_cluster_config()
+    Read where the driver runs, on the head: Ray itself does not tell (ray#63012).
+    """
+    path = Path(_LAUNCHED).expanduser()
+    if not given() or not path.is_file():
+        return []
+    config: Any = OmegaConf.to_container(OmegaConf.load(path))
     return [
         Pool(
-            float(group.resources.get("CPU", 0)),
-            float(group.resources.get("GPU", 0)),
-            group.max_count if group.max_count >= 0 else sys.maxsize,
+            float(kind["resources"].get("CPU", 0)), float(kind["resources"].get("GPU", 0)),
+            int(kind.get("max_workers", 0)),
         )
-        for group in (config.node_group_configs if config is not None else [])
-    ]
+        for kind in config["available_node_types"].values()
+    ]  # fmt: skip
 
 
 def _check(compute: ComputeConfig, gpus: float) -> None:
-    there, workers = offered(), compute.fewest_workers()
+    there, workers = offered(compute), compute.fewest_workers()
     key = "compute.workers" if compute.min_workers is None else "compute.min_workers"
     needed = {
         # one for the driver of Ray Train, one to spare for Ray Data's own tasks

@@ -61,7 +61,7 @@ def examine(config: Config) -> tuple[str, bool]:
     nodes, silent = _nodes(config, alive)
     source = source_sha(_SOURCE)
     found = _datasets(config) + problems(
-        nodes, _pools(alive), request_of(config), driver_source=source, silent=silent
+        nodes, _pools(config, alive), request_of(config), driver_source=source, silent=silent
     )
     return report(nodes, found), not any(problem.stops for problem in found)
 
@@ -99,9 +99,11 @@ def request_of(config: Config) -> Request:
     )
 
 
-def _pools(alive: Sequence[Mapping[str, Any]]) -> list[Pool]:
-    there = [Pool(_has(node, "CPU"), _has(node, "GPU"), 1) for node in alive]
-    return cluster.node_types() or there
+def _pools(config: Config, alive: Sequence[Mapping[str, Any]]) -> list[Pool] | None:
+    """The nodes that are there, or may still come; None where nobody knows how many these are."""
+    if config.compute.autoscale:
+        return None
+    return cluster.node_types() or [Pool(_has(node, "CPU"), _has(node, "GPU"), 1) for node in alive]
 
 
 def _has(node: Mapping[str, Any], name: str) -> float:
