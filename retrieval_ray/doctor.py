@@ -97,16 +97,16 @@ def problems(
     request: Request,
     *,
     driver_source: str,
-    silent: Sequence[str] = (),
+    silent: Mapping[str, str],
 ) -> list[Problem]:
     """Everything that is wrong, the worst first.
 
     pools: None where the cluster grows, nobody knows how far. driver_source: hash of the package's files
-    that the driver runs. silent: nodes that did not answer.
+    that the driver runs. silent: nodes that could not be looked at, with what happened.
     """
     found = [
-        Problem(name, "did not answer", "See its logs (ray logs), or take it out of the cluster")
-        for name in silent
+        Problem(name, f"could not be looked at: {why}", "Mend it (ray logs tells more), or take it out")
+        for name, why in silent.items()
     ]
     found += [] if pools is None else _request(pools, request)
     found += _versions(nodes, driver_source)

@@ -32,7 +32,7 @@ def node(name: str, **more: object) -> Node:
 
 
 def found(*nodes: Node, request: Request = REQUEST, pools: list[Pool] = POOLS) -> list[Problem]:
-    return problems(nodes, pools, request, driver_source="a" * 64)
+    return problems(nodes, pools, request, driver_source="a" * 64, silent={})
 
 
 def test_a_healthy_cluster_has_no_problem() -> None:
@@ -121,7 +121,7 @@ def test_workers_are_whole_on_a_node() -> None:
 
 
 def test_of_a_cluster_that_grows_no_room_is_asked() -> None:
-    assert problems([node("n1")], None, Request(500, 64, 8), driver_source="a" * 64) == []
+    assert problems([node("n1")], None, Request(500, 64, 8), driver_source="a" * 64, silent={}) == []
 
 
 def test_vllm_is_asked_for_where_it_is_used() -> None:
@@ -135,14 +135,15 @@ def test_vllm_is_asked_for_where_it_is_used() -> None:
 
 
 def test_the_driver_s_source_counts_too() -> None:
-    (problem,) = problems([node("n1")], POOLS, REQUEST, driver_source="b" * 64)
+    (problem,) = problems([node("n1")], POOLS, REQUEST, driver_source="b" * 64, silent={})
     assert "source differs" in problem.what and "(driver)" in problem.what
 
 
 def test_a_silent_node_is_a_problem_and_the_worst_comes_first() -> None:
     slow = node("n1", fetched=1.0)
-    told = problems([slow], POOLS, REQUEST, driver_source="a" * 64, silent=["n2"])
+    told = problems([slow], POOLS, REQUEST, driver_source="a" * 64, silent={"n2": "no answer"})
     assert [(problem.where, problem.stops) for problem in told] == [("n2", True), ("n1", False)]
+    assert told[0].what == "could not be looked at: no answer"
 
 
 def test_the_report_has_a_row_for_each_node_and_a_line_for_each_problem() -> None:

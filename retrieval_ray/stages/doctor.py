@@ -121,11 +121,13 @@ def _datasets(config: Config) -> list[Problem]:
     return found
 
 
-def _nodes(config: Config, alive: Sequence[Mapping[str, Any]]) -> tuple[list[Node], list[str]]:
-    """What each node says, and the names of those that say nothing."""
+def _nodes(config: Config, alive: Sequence[Mapping[str, Any]]) -> tuple[list[Node], dict[str, str]]:
+    """What each node says, and why others say nothing, by name."""
     urls = {"output_dir": config.output_dir} | ({"store": config.store} if config.store else {})
     mark = uuid.uuid4().bytes
-    places = {key: (url, f".doctor-{mark.hex()}-{key}") for key, url in urls.items()}
+    # A path is meant as the driver reads it, wherever a worker's own folder is
+    absolute = {key: url if "://" in url else os.path.abspath(url) for key, url in urls.items()}
+    places = {key: (url, f".doctor-{mark.hex()}-{key}") for key, url in absolute.items()}
     for url, name in places.values():
         try:
             (Location.of(url) / name / "driver").write(mark)
@@ -137,21 +139,20 @@ def _nodes(config: Config, alive: Sequence[Mapping[str, Any]]) -> tuple[list[Nod
         for node in alive
     }
     answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE)
-    said, silent = [], []
-    for reference, node in asked.items():
+    said: list[tuple[Mapping[str, Any], dict[str, Any]]] = []
+    silent = {_name(node): f"no answer in {_PATIENCE:.0f} s" for node in asked.values()}
+    for reference in answered:
+        name = _name(asked[reference])
         try:
-            said.append((node, ray.get(reference) if reference in answered else None))
+            said.append((asked[reference], ray.get(reference)))
+            del silent[name]
         except Exception as error:  # of whatever kind: this node is not fit for work
-            say(f"  {_name(node)}: {error}")
-            said.append((node, None))
-    silent = [_name(node) for node, facts in said if facts is None]
-    healthy = [node for node, facts in said if facts is not None]
-    fetched = _fetched(healthy)
+            silent[name] = str(error).strip().splitlines()[-1]
+    said.sort(key=lambda each: _name(each[0]))
+    fetched = _fetched([node for node, _ in said])
     seen = {key: _names(url, name) for key, (url, name) in places.items()}
     nodes = []
     for node, facts in said:
-        if facts is None:
-            continue
         kept = {
             key: replace(place, seen_by_driver=_name(node) in seen[key]) if not place.error else place
             for key, place in facts.pop("storage").items()
