@@ -1,6 +1,7 @@
 """docs/scale.md is what its script writes, and its formulas are the code's."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def scale(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def scale(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     before = set(sys.modules)
