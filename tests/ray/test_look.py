@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from retrieval_ray.config_file import load
-from retrieval_ray.stages import doctor
+from retrieval_ray.stages import doctor, look
 
 from .conftest import ROOT
 
@@ -55,29 +55,29 @@ def test_what_a_config_asks_of_a_cluster() -> None:
 def test_a_place_is_written_read_and_cleared(tmp_path: Path) -> None:
     (tmp_path / "try").mkdir()
     (tmp_path / "try" / "driver").write_bytes(b"mark")
-    place = doctor._place(str(tmp_path), "try", "node", b"mark")
+    place = look.place(str(tmp_path), "try", "node", b"mark")
     assert place.error is None and place.sees_driver and place.write > 0 and place.read > 0
     assert sorted(os.listdir(tmp_path / "try")) == ["driver", "node"]  # the driver looks for it, then clears
-    assert not doctor._place(str(tmp_path), "try", "node", b"another").sees_driver
-    assert not doctor._place(str(tmp_path / "own"), "try", "node", b"mark").sees_driver
+    assert not look.place(str(tmp_path), "try", "node", b"another").sees_driver
+    assert not look.place(str(tmp_path / "own"), "try", "node", b"mark").sees_driver
 
 
 def test_a_place_that_cannot_be_written_says_why(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in str(doctor._place(str(tmp_path / "file"), "try", "node", b"").error)
-    assert "Unrecognized filesystem" in str(doctor._place("foo://bar", "try", "node", b"").error)
+    assert "Not a directory" in str(look.place(str(tmp_path / "file"), "try", "node", b"").error)
+    assert "Unrecognized filesystem" in str(look.place("foo://bar", "try", "node", b"").error)
 
 
 def test_a_model_must_be_there_and_whole(student_folder: str, tmp_path: Path) -> None:
-    found = doctor._model(student_folder, "student.model", False)
+    found = look.model(student_folder, "student.model", False)
     assert found.error is None and len(found.sha) == 64
-    assert doctor._model(student_folder, "teacher.model", True).sha == found.sha
-    missing = doctor._model(str(tmp_path / "nowhere"), "teacher.members[1].model (cross)", True)
+    assert look.model(student_folder, "teacher.model", True).sha == found.sha
+    missing = look.model(str(tmp_path / "nowhere"), "teacher.members[1].model (cross)", True)
     assert str(missing.error).startswith("teacher.members[1].model: no model")
     cut = tmp_path / "cut"
     shutil.copytree(student_folder, cut)
     (weights,) = cut.rglob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "is not whole" in str(doctor._model(str(cut), "student.model", False).error)
+    assert "is not whole" in str(look.model(str(cut), "student.model", False).error)
     weights.unlink()
-    assert "no weights" in str(doctor._model(str(cut), "student.model", False).error)
+    assert "no weights" in str(look.model(str(cut), "student.model", False).error)
