@@ -6,7 +6,7 @@ spoils its result; the rest only makes it slow.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 GIB = 2**30
@@ -113,7 +113,15 @@ def problems(
     for node in nodes:
         found += [*_storage(node), *_models(node), *_machine(node, request)]
     found += _different_models(nodes)
-    return sorted(found, key=lambda problem: not problem.stops)
+    return sorted(_together(found), key=lambda problem: not problem.stops)
+
+
+def _together(found: Sequence[Problem]) -> list[Problem]:
+    """The same problem of many nodes as one."""
+    where: dict[Problem, list[str]] = {}
+    for problem in found:
+        where.setdefault(replace(problem, where=""), []).append(problem.where)
+    return [replace(problem, where=_few(names)) for problem, names in where.items()]
 
 
 def _request(pools: Sequence[Pool], request: Request) -> list[Problem]:
@@ -188,7 +196,7 @@ def _models(node: Node) -> list[Problem]:
     return [
         Problem(
             node.name,
-            f"{key}: {found.error}",
+            f"{key}: {str(found.error).removeprefix(f'{key}: ')}",
             f"Set {key}= to a folder that all nodes mount, a URL (s3://...), or a hub id that all can reach",
         )
         for key, found in node.models.items()
@@ -300,8 +308,8 @@ def _by(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _listed(by: Mapping[str, Sequence[str]]) -> str:
-    shown = []
-    for value, names in by.items():
-        few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        shown.append(f"{value} ({few})")
-    return "; ".join(shown)
+    return "; ".join(f"{value} ({_few(names)})" for value, names in by.items())
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

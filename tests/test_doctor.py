@@ -146,6 +146,13 @@ def test_a_silent_node_is_a_problem_and_the_worst_comes_first() -> None:
     assert told[0].what == "could not be looked at: no answer"
 
 
+def test_what_is_wrong_on_many_nodes_is_told_once() -> None:
+    """With the names of the first."""
+    wrong = {"store": Place("/x", error="Permission denied")}
+    (problem,) = found(*(node(f"n{n}", storage=wrong) for n in range(5)))
+    assert problem.where == "n0, n1, n2 and 2 more" and "Permission denied" in problem.what
+
+
 def test_the_report_has_a_row_for_each_node_and_a_line_for_each_problem() -> None:
     nodes = [node("n1"), node("n2", skew=9.0, fetched=3.0, storage={"store": Place("/x", error="no")})]
     text = report(nodes, found(*nodes))
