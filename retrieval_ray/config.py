@@ -279,6 +279,7 @@ class ComputeConfig:
     logical_cpus: int = 8  # of the local cluster that a job starts itself
     cpus_per_worker: int = 1
     gpus_per_worker: float | None = None  # null: 1 where the cluster has GPUs
+    autoscale: bool = False  # the cluster starts machines when asked (KubeRay): what it lacks is waited for
     precision: str | None = None  # float32 | bfloat16; null: probed
     threads: int | None = None  # per worker; null: the machine's cores shared out
     token_budget: int | None = None  # of one encoding batch, padding included; null: 4,096, on GPUs 16,384

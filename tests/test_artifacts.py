@@ -24,6 +24,7 @@ from retrieval_ray.artifacts import (
     bucket_count,
     bucket_of,
     digest,
+    each,
     part_name,
     stage,
 )
@@ -315,6 +316,35 @@ def test_fingerprint_differs_where_the_identity_differs(one: dict[str, Any], oth
     same = stage(store, "score", one).folder.path == stage(store, "score", other).folder.path
     assert same == (one == other)
     assert stage(store, "score", one).folder.path != stage(store, "train", one).folder.path
+
+
+@given(st.lists(st.integers(), max_size=40), st.integers(1, 5))
+def test_each_gives_every_result_in_order(items: list[int], at_once: int) -> None:
+    assert list(each(lambda item: item * 2, items, at_once=at_once)) == [item * 2 for item in items]
+
+
+def test_each_works_on_several_at_a_time_and_never_runs_far_ahead() -> None:
+    """Three wait for one another, so all three must be at work; and it takes no more than it may hold."""
+    together, taken = threading.Barrier(3), []
+
+    def items() -> Any:
+        for number in range(30):
+            taken.append(number)
+            yield number
+
+    def work(number: int) -> int:
+        together.wait(timeout=60)
+        return number
+
+    for number in each(work, items(), at_once=3):
+        assert len(taken) <= number + 6
+
+
+def test_each_raises_what_the_function_raises() -> None:
+    results = each(lambda item: 1 // item, [2, 1, 0, 1])
+    assert next(results) == 0 and next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
 
 
 def test_a_stage_is_finished_when_its_manifest_is_there(store: Location) -> None:

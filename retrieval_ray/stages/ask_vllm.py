@@ -47,7 +47,7 @@ def ask(context: Context, asking: Asking, model: Model, parts: Sequence[Block], 
         engine["revision"] = engine["tokenizer_revision"] = revision
     replicas = config.replicas or context.config.compute.workers
     bundle = {"CPU": 1, **({"GPU": 1} if on_gpu else {})}
-    _check(engine, replicas, on_gpu=on_gpu)
+    _check(engine, replicas, cluster.offered(context.config.compute), on_gpu=on_gpu)
     processor = build_processor(
         vLLMEngineProcessorConfig(
             model_source=name,
@@ -166,14 +166,17 @@ def devices(engine: Mapping[str, Any]) -> int:
     return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
 
 
-def _check(engine: Mapping[str, Any], replicas: int, *, on_gpu: bool) -> None:
-    """What the cluster can never give is said at once; Ray would wait for it for ever."""
+def _check(engine: Mapping[str, Any], replicas: int, there: Mapping[str, float], *, on_gpu: bool) -> None:
+    """What the cluster can never give is said at once; Ray would wait for it for ever.
+
+    there: what it offers, by resource.
+    """
     if not cluster.given() and importlib.util.find_spec("vllm") is None:
         raise UserError(
             "llm.engine=vllm: vLLM is not installed here; install the 'gpu' extra, or name an "
             "OpenAI-compatible server (llm.engine=endpoint llm.url=...)"
         )
-    there, each = ray.cluster_resources(), devices(engine)
+    each = devices(engine)
     needed = {"GPU": replicas * each if on_gpu else 0, "CPU": replicas * each + 2}
     for name, amount in needed.items():
         if amount > there.get(name, 0):

@@ -1,12 +1,19 @@
 """The Ray cluster of a job: the one it was submitted to, or a local one that it starts itself."""
 
 import logging
+import math
 import os
+from pathlib import Path
+from typing import Any
 
 import ray
+from omegaconf import OmegaConf
 
 from retrieval_ray.config import ComputeConfig
+from retrieval_ray.doctor import Pool
 from retrieval_ray.errors import UserError
+
+_LAUNCHED = "~/ray_bootstrap_config.yaml"  # what Ray's launcher leaves on the head that it starts
 
 
 def given() -> bool:
@@ -24,6 +31,12 @@ def join(
     Raises ``UserError`` when the cluster cannot ever give what the workers ask for: Ray itself would wait
     for it silently and for ever.
     """
+    connect(compute, dashboard=dashboard)
+    _check(compute, gpus_per_worker(compute) if gpus is None else gpus, trials)
+
+
+def connect(compute: ComputeConfig, *, dashboard: bool = False) -> None:
+    """Join the given cluster, or start a local one."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
@@ -38,18 +51,49 @@ def join(
             log_to_driver=False,
             logging_level="error",
         )
-    _check(compute, gpus_per_worker(compute) if gpus is None else gpus, trials)
 
 
 def gpus_per_worker(compute: ComputeConfig) -> float:
-    """As told; else one where the cluster has GPUs."""
+    """As told; else one where the cluster has GPUs, or can get some."""
     if compute.gpus_per_worker is not None:
         return compute.gpus_per_worker
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    return 1.0 if offered(compute).get("GPU", 0) else 0.0
+
+
+def offered(compute: ComputeConfig) -> dict[str, float]:
+    """What the cluster has of each resource, or may grow to.
+
+    A cluster that takes its machines when they are asked for has none when a job begins. How far it grows
+    is known of one that Ray's launcher started; of others nothing is asked (``compute.autoscale``).
+    """
+    there, types = dict(ray.cluster_resources()), node_types()
+    most = {
+        "CPU": math.inf if compute.autoscale else sum(pool.count * pool.cpus for pool in types),
+        "GPU": math.inf if compute.autoscale else sum(pool.count * pool.gpus for pool in types),
+    }
+    return {name: max(there.get(name, 0.0), most.get(name, 0.0)) for name in {*there, *most}}
+
+
+def node_types() -> list[Pool]:
+    """The kinds of nodes that Ray's launcher may start, and how many of each; none on other clusters.
+
+    Read where the driver runs, on the head: Ray itself does not tell (ray#63012).
+    """
+    path = Path(_LAUNCHED).expanduser()
+    if not given() or not path.is_file():
+        return []
+    config: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return [
+        Pool(
+            float(kind["resources"].get("CPU", 0)), float(kind["resources"].get("GPU", 0)),
+            int(kind.get("max_workers", 0)),
+        )
+        for kind in config["available_node_types"].values()
+    ]  # fmt: skip
 
 
 def _check(compute: ComputeConfig, gpus: float, trials: int) -> None:
-    there, workers = ray.cluster_resources(), compute.fewest_workers()
+    there, workers = offered(compute), compute.fewest_workers()
     key = "compute.workers" if compute.min_workers is None else "compute.min_workers"
     at_once = f" x sweep.trials_at_once={trials}" if trials > 1 else ""
     needed = {
@@ -62,6 +106,6 @@ def _check(compute: ComputeConfig, gpus: float, trials: int) -> None:
             raise UserError(
                 f"{key}={workers}{at_once} needs {amount:g} {name} "
                 f"({compute.cpus_per_worker} CPU, {gpus:g} GPU each, 2 CPU beside them), and the "
-                f"cluster has {there.get(name, 0):g}. Lower {key}, or give the cluster more"
+                f"cluster has at most {there.get(name, 0):g}. Lower {key}, or give the cluster more"
                 + (" (a local one: compute.logical_cpus)" if name == "CPU" else "")
             )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_ray.artifacts import Stage, part_name, stage
+from retrieval_ray.artifacts import Stage, each, part_name, stage
 from retrieval_ray.config import StudentConfig
 from retrieval_ray.model_files import Model
 from retrieval_ray.search import Block
@@ -167,8 +167,12 @@ class Vectors:
 
     def blocks(self) -> Iterator[Block]:
         """(ids, vectors_ND) part by part; the vectors are views of the mapped file."""
-        for name in self._names:
-            table = (self._folder / name).near(self._hashes.get(name, "")).read_table()
+
+        def read(name: str) -> pa.Table:
+            return (self._folder / name).near(self._hashes.get(name, "")).read_table()
+
+        # A map of this machine's disk costs nothing; a copy of what lies elsewhere is waited for
+        for table in map(read, self._names) if self._folder.is_local else each(read, self._names):
             column = table.column("vector")
             column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # this copies
             flat = column.flatten().to_numpy(zero_copy_only=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from retrieval_ray import schema
-from retrieval_ray.artifacts import Stage, digest, part_name, stage
+from retrieval_ray.artifacts import Stage, digest, each, part_name, stage
 from retrieval_ray.config import LlmConfig
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model, by_revision, weights_sha
@@ -25,7 +25,6 @@ from retrieval_ray.sources import Source
 from retrieval_ray.stages import ask_endpoint, ask_vllm, cluster
 from retrieval_ray.stages.asking import Asking, Block
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.encode import part_texts
 from retrieval_ray.stages.ingest import duplicates, passages
 from retrieval_ray.stages.parts import run_parts
 
@@ -199,11 +198,12 @@ def _sampled(context: Context, corpus: Stage) -> list[Block]:
 
 def _by_part(corpus: Stage, passages: set[str]) -> list[Block]:
     """These passages by part of the corpus; also the parts that hold none of them."""
-    found = []
-    for number in range(int(corpus.manifest()["buckets"])):
-        ids, _ = part_texts(corpus, number, "passage")
-        found.append({"number": number, "passages": sorted(passages.intersection(ids))})
-    return found
+
+    def read(number: int) -> Block:
+        ids = corpus.read(part_name("corpus", number, "arrow"), ["passage_id"]).column("passage_id")
+        return {"number": number, "passages": sorted(passages.intersection(ids.to_pylist()))}
+
+    return list(each(read, range(int(corpus.manifest()["buckets"]))))
 
 
 def _refuse_failures(config: LlmConfig, errors: Counter[str], requests: int) -> None:

@@ -20,6 +20,8 @@ from retrieval_ray.stages.parts import run_parts
 VERSION = 1
 TRAINED = "trained.faiss"
 _SHARD_PARTS, _MOST_SHARDS = 256, 64
+_UNITS = 1024  # of search, that are enough to share out
+_TOGETHER = 16_384  # parts that are searched as one at most: 13 GB of 768 dimensions, which memory can cache
 
 
 def shards_of(passages: Stage) -> list[range]:
@@ -30,6 +32,17 @@ def shards_of(passages: Stage) -> list[range]:
     buckets = int(passages.manifest()["buckets"])
     size = max(_SHARD_PARTS, -(-buckets // _MOST_SHARDS))
     return [range(start, min(start + size, buckets)) for start in range(0, buckets, size)]
+
+
+def joined(shards: list[range], blocks: int) -> list[range]:
+    """Neighbouring shards as one, where there are so many blocks of queries that work is enough all the same.
+
+    Each shard has a ranking of every query written, read and merged: with millions of queries that costs
+    more than the search itself. It depends on corpus and queries alone, as the shards do.
+    """
+    few = max(1, min(len(shards) * blocks // _UNITS, _TOGETHER // len(shards[0])))
+    groups = [shards[at : at + few] for at in range(0, len(shards), few)]
+    return [range(group[0].start, group[-1].stop) for group in groups]
 
 
 def shard_name(shard: int) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_ray import schema
-from retrieval_ray.artifacts import Stage, bucket_count, bucket_of, part_name, stage
+from retrieval_ray.artifacts import Stage, bucket_count, bucket_of, each, part_name, stage
 from retrieval_ray.config import DatasetConfig
 from retrieval_ray.datasets import content_of, judged_ids, passages_of, rejects_table, row_hash, survey
 from retrieval_ray.errors import UserError
@@ -32,13 +32,18 @@ def passage_text(title: str, text: str, *, titles: bool) -> str:
 
 def passages(corpus: Stage, ids: Iterable[str] | None = None) -> Iterator[Passage]:
     """All passages, or these alone, read part by part in the order of the parts."""
-    wanted = None if ids is None else pa.array(sorted(set(ids)), pa.string())
-    for name in corpus.parts():
-        if name.startswith("corpus-"):
-            table = schema.check(corpus.read(name), "corpus", corpus.folder.path)
-            if wanted is not None:
-                table = table.filter(pc.is_in(table.column("passage_id"), value_set=wanted))
-            yield from _rows(table)
+    wanted = None if ids is None else frozenset(ids)
+
+    def read(name: str) -> pa.Table:
+        table = schema.check(corpus.read(name), "corpus", corpus.folder.path)
+        if wanted is None:
+            return table
+        # Not is_in, which lays out the whole of its value set anew for every part
+        here = table.column("passage_id").to_pylist()
+        return table.filter(pa.array([key in wanted for key in here], pa.bool_()))
+
+    for table in each(read, [name for name in corpus.parts() if name.startswith("corpus-")]):
+        yield from _rows(table)
 
 
 def judged_passages(corpus: Stage, source: Source, split: str) -> set[str]:
@@ -125,12 +130,15 @@ def _write_parts(target: Stage, source: Source, names: list[str], sort: Callable
             total += row_hash(passage_id, title, text)
             yield bucket_of(passage_text(title, text, titles=titles), len(names)), passage_id, title, text
 
-    filled = set()
-    for number, rows in groupby(sort(with_bucket()), key=itemgetter(0)):
-        target.write(names[number], _table([row[1:] for row in rows]))
-        filled.add(number)
-    for number in set(range(len(names))) - filled:
-        target.write(names[number], _table([]))
+    def tables() -> Iterator[tuple[str, pa.Table]]:
+        empty = dict.fromkeys(names)
+        for number, rows in groupby(sort(with_bucket()), key=itemgetter(0)):
+            yield names[number], _table([row[1:] for row in rows])
+            del empty[names[number]]
+        yield from ((name, _table([])) for name in empty)
+
+    for _ in each(lambda part: target.write(*part), tables()):
+        pass
     if content_of(total) != target.identity["passages"]:
         raise UserError(f"dataset '{source.name}': the corpus was changed while it was read; run again")
 

@@ -34,13 +34,15 @@ def main(
     description: str,
     *,
     keys: Mapping[str, str] | None = None,
+    enter: Callable[..., Any] | None = None,
     **numbers: str,
 ) -> None:
     """Parse ``CONFIG.yaml [key=value ...] [--dry-run] [--until STAGE]`` and run the work.
 
     ``work(context, until)`` returns what is printed as the last line on standard output. numbers: further
     options that take a number, and keys: ``key=value`` of this job alone, which are no part of a run's
-    config; both by name, with a word of help, and ``work`` gets those that are given by name.
+    config; both by name, with a word of help, and ``work`` gets those that are given by name. enter:
+    ``enter(config, dry_run=...)`` makes what ``work`` gets as its context (None: ``open_run``).
     """
     own_keys = keys or {}
     parser = argparse.ArgumentParser(description=description)
@@ -58,9 +60,8 @@ def main(
     overrides = [override for override in arguments.overrides if override.partition("=")[0] not in own_keys]
     try:
         config = load(arguments.config, overrides)
-        context = open_run(
-            config, dry_run=arguments.dry_run or any(value is not None for value in given.values())
-        )
+        dry_run = arguments.dry_run or any(value is not None for value in given.values())
+        context = (enter or open_run)(config, dry_run=dry_run)
         last_line = work(context, arguments.until, **given, **own)
     except Exception as error:
         message = explain(error)

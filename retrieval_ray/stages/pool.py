@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from retrieval_ray.artifacts import Stage, part_name, stage
+from retrieval_ray.artifacts import Stage, each, part_name, stage
 from retrieval_ray.stages.collection import Ranked
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import part_texts
@@ -138,10 +138,12 @@ def buckets_of(pool: Stage, passage_ids: list[str]) -> tuple[npt.NDArray[np.int6
 
 def _write_index(corpus: Stage, target: Stage) -> None:
     """The part of the corpus of every passage, by the hash of its id."""
-    found = []
-    for number in range(int(corpus.manifest()["buckets"])):
+
+    def read(number: int) -> npt.NDArray[np.uint64]:
         table = corpus.read(part_name("corpus", number, "arrow"), ["passage_id"])
-        found.append(_hashes(table.column("passage_id").to_pylist()))
+        return _hashes(table.column("passage_id").to_pylist())
+
+    found = list(each(read, range(int(corpus.manifest()["buckets"]))))
     buckets = np.repeat(np.arange(len(found), dtype=np.uint32), [len(hashes) for hashes in found])
     hashes = np.concatenate(found)
     order = np.lexsort((buckets, hashes))

@@ -83,6 +83,8 @@ def _retrieve(
     absent = set(target.missing(names))
     missing = [number for number, name in enumerate(names) if name in absent]
     shards = index.shards_of(encoded.passages)
+    if not indexes:  # an index is a file a shard
+        shards = index.joined(shards, -(-buckets // _parts_a_block(context)))
     depth = _search_depth(encoded.corpus, config.retrieve.depth)
     checked = _checked(encoded.queries) if indexes else []
     if missing:
@@ -158,8 +160,7 @@ def _units(
     context: Context, retrievers: Sequence[str], shards: int, missing: Sequence[int]
 ) -> list[dict[str, Any]]:
     """What a worker does at a time: BM25 a part of queries, dense retrievers a shard for a block of them."""
-    rows, _ = block_sizes(context.profile.device)
-    size = max(1, rows // _PART_ROWS)
+    size = _parts_a_block(context)
     blocks = [list(missing[start : start + size]) for start in range(0, len(missing), size)]
     return [
         {"retriever": name, "shard": shard, "queries": block}
@@ -168,6 +169,12 @@ def _units(
         for shard in range(shards)
         for block in blocks
     ] + [{"retriever": "bm25", "queries": [number]} for number in missing if "bm25" in retrievers]
+
+
+def _parts_a_block(context: Context) -> int:
+    """Parts of queries that are searched together."""
+    rows, _ = block_sizes(context.profile.device)
+    return max(1, rows // _PART_ROWS)
 
 
 def _checked(queries: Stage) -> list[int]:
@@ -183,10 +190,10 @@ def _checked(queries: Stage) -> list[int]:
 
 def _recall(target: Stage, retriever: str, shards: int, numbers: Sequence[int], depth: int) -> float | None:
     """The share of the sample's exact top ``depth`` that the index found too; None without queries."""
-    exact = _merged(target, [partial_name(retriever, shard, CHECK) for shard in range(shards)], depth)
+    exact = _merged(target, [partial_name(retriever, shard, shards, CHECK) for shard in range(shards)], depth)
     found = _merged(
         target,
-        [partial_name(retriever, shard, number) for shard in range(shards) for number in numbers],
+        [partial_name(retriever, shard, shards, number) for shard in range(shards) for number in numbers],
         depth,
     )
     total = sum(map(len, exact.values()))
@@ -303,7 +310,7 @@ class _Merger:
             own = table.filter(pa.compute.equal(table.column("retriever"), retriever))
             return defaultdict(list, _rankings(own))
         shards = 1 if retriever == "bm25" else self.shards
-        partial = [partial_name(retriever, shard, number) for shard in range(shards)]
+        partial = [partial_name(retriever, shard, shards, number) for shard in range(shards)]
         return _merged(self.target, partial, self.search_depth)
 
     def _cleaned(self, query_id: str, split: str, ranking: Ranking) -> Ranking:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_ray import schema, teachers
-from retrieval_ray.artifacts import Location, Stage, part_name, stage
+from retrieval_ray.artifacts import Location, Stage, each, part_name, stage
 from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
@@ -185,7 +185,7 @@ def score_parts(
     rejected = Counter(
         reason for name in rejects for reason in target.read(name, ["reason"]).column("reason").to_pylist()
     )
-    pairs = sum(row_count(target, name) for name in names)
+    pairs = sum(each(lambda name: row_count(target, name), names))
     if rejected and not pairs:
         first = target.read(rejects[0]).to_pylist()[0]
         raise UserError(

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrieval_ray import schema
-from retrieval_ray.artifacts import Location, Stage, part_name
+from retrieval_ray.artifacts import Location, Stage, each, part_name
 from retrieval_ray.datasets import rejects_table
 from retrieval_ray.filters import Reject
 from retrieval_ray.stages.collection import Judged
@@ -78,9 +78,8 @@ class ByQuery:
 
 
 def _tables(scores: Stage, columns: Sequence[str] = _PAIR) -> Iterator[pa.Table]:
-    for name in scores.parts():
-        if name.startswith("scores-"):
-            yield scores.read(name, list(columns))
+    names = [name for name in scores.parts() if name.startswith("scores-")]
+    return each(lambda name: scores.read(name, list(columns)), names)
 
 
 def _blocks(scores: Stage) -> Iterator[pa.Table]:

@@ -54,7 +54,8 @@ class Searcher:
         if part.get("check"):
             self._check(retriever, shard, part["queries"])
             return {}
-        names = {number: partial_name(retriever, shard, number) for number in part["queries"]}
+        of = len(self.shards) if retriever != "bm25" else 1
+        names = {number: partial_name(retriever, shard, of, number) for number in part["queries"]}
         missing = set(self.target.missing(names.values()))
         numbers = [number for number, name in names.items() if name in missing]
         if not numbers:
@@ -73,7 +74,7 @@ class Searcher:
 
     def _check(self, retriever: str, shard: int, numbers: Sequence[int]) -> None:
         """The exact ranking of the first queries of these parts."""
-        name = partial_name(retriever, shard, CHECK)
+        name = partial_name(retriever, shard, len(self.shards), CHECK)
         if not self.target.missing([name]):
             return
         vectors = Vectors(self.dense[retriever][1], numbers)
@@ -106,9 +107,9 @@ class Searcher:
         self.target.write(name, run_table(rankings, retriever))
 
 
-def partial_name(retriever: str, shard: int, number: int | str) -> str:
+def partial_name(retriever: str, shard: int, of: int, number: int | str) -> str:
     """The file of a partial ranking; number: the part of queries, or ``CHECK``."""
-    return f"partial-{retriever}-{shard:03d}-{number:>05}.parquet"
+    return f"partial-{retriever}-{shard:03d}of{of:03d}-{number:>05}.parquet"
 
 
 def run_table(rankings: Mapping[str, Ranking], retriever: str) -> pa.Table:

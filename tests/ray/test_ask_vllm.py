@@ -100,12 +100,11 @@ def test_gpus_that_are_not_there_are_named_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "somewhere")  # vLLM is the cluster's matter then
-    monkeypatch.setattr("ray.cluster_resources", lambda: there)
     if fits:
-        ask_vllm._check(engine, replicas, on_gpu=True)
+        ask_vllm._check(engine, replicas, there, on_gpu=True)
     else:
         with pytest.raises(UserError, match=r"llm\.replicas.*the cluster has"):
-            ask_vllm._check(engine, replicas, on_gpu=True)
+            ask_vllm._check(engine, replicas, there, on_gpu=True)
 
 
 def test_the_chat_template_is_applied_once_and_ends_with_the_assistants_header(tmp_path: Path) -> None:

@@ -1,0 +1,217 @@
+"""Gathers what ``retrieval_ray.doctor`` judges: one task on each node, and objects sent between them."""
+
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from retrieval_ray.artifacts import Location
+from retrieval_ray.config import Config
+from retrieval_ray.doctor import Node, Pool, Problem, Request, problems, report, source_sha
+from retrieval_ray.errors import UserError
+from retrieval_ray.progress import say
+from retrieval_ray.sources import open_source
+from retrieval_ray.stages import cluster
+from retrieval_ray.stages.ask_vllm import devices
+from retrieval_ray.stages.look import SOURCE, look
+
+_OBJECT_MIB = 32
+_PATIENCE = 900.0  # seconds for a node to answer: it may have to start, and to download models
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a doctor is called with."""
+
+    config: Config
+    dry_run: bool
+
+
+def ready(config: Config, *, dry_run: bool) -> Visit:
+    """In place of a run: writes nothing of its own into the output folder."""
+    return Visit(config, dry_run)
+
+
+def examine(config: Config) -> tuple[str, bool]:
+    """Look at every node of the cluster; the report, and whether nothing stands in the way of a job."""
+    cluster.connect(config.compute)
+    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
+    say(f"looking at {len(alive)} nodes")
+    nodes, silent = _nodes(config, alive)
+    source = source_sha(SOURCE)
+    found = _datasets(config) + problems(
+        nodes, _pools(config, alive), request_of(config), driver_source=source, silent=silent
+    )
+    return report(nodes, found), not any(problem.stops for problem in found)
+
+
+def models_of(config: Config) -> dict[str, tuple[str, bool]]:
+    """Every model that workers load, by its key: (name, whether it is large and not to be downloaded now)."""
+    named = {"student.model": (config.student.model, False)}
+    named |= {f"retrieve.models.{name}.model": (m.model, False) for name, m in config.retrieve.models.items()}
+    for number, (name, member) in enumerate(config.teacher.named().items()):
+        if member.model and member.kind != "listwise":  # of an endpoint only the name is known
+            several = config.teacher.kind == "ensemble"
+            key = f"teacher.members[{number}].model" if several else "teacher.model"
+            named[f"{key} ({name})" if several else key] = (member.model, True)
+    if config.llm.model and config.llm.engine == "vllm":
+        named["llm.model"] = (config.llm.model, True)
+    return named
+
+
+def request_of(config: Config) -> Request:
+    """What the config asks of a cluster."""
+    compute, llm = config.compute, config.llm
+    engines = "llm" in (config.queries.sources or []) and llm.engine == "vllm"
+    gpus = cluster.gpus_per_worker(compute)
+    keys = ["llm.engine"] * engines + ["teacher.engine"] * any(
+        member.engine == "vllm" for member in config.teacher.named().values()
+    )
+    return Request(
+        workers=compute.fewest_workers(),
+        cpus=compute.cpus_per_worker,
+        gpus=gpus,
+        workers_key="compute.workers" if compute.min_workers is None else "compute.min_workers",
+        engines=(llm.replicas or compute.workers) if engines and gpus else 0,
+        engine_gpus=devices(llm.vllm),
+        vllm_keys=keys,
+    )
+
+
+def _pools(config: Config, alive: Sequence[Mapping[str, Any]]) -> list[Pool] | None:
+    """The nodes that are there, or may still come; None where nobody knows how many these are."""
+    if config.compute.autoscale:
+        return None
+    return cluster.node_types() or [Pool(_has(node, "CPU"), _has(node, "GPU"), 1) for node in alive]
+
+
+def _has(node: Mapping[str, Any], name: str) -> float:
+    return float(node["Resources"].get(name, 0.0))
+
+
+def _datasets(config: Config) -> list[Problem]:
+    """The corpora, which the driver alone reads."""
+    found = []
+    for dataset in config.corpora():
+        try:
+            open_source(dataset.path)
+        except UserError as error:
+            found.append(Problem("driver", str(error), "Put the corpus where the head node sees it"))
+    return found
+
+
+def _nodes(config: Config, alive: Sequence[Mapping[str, Any]]) -> tuple[list[Node], dict[str, str]]:
+    """What each node says, and why others say nothing, by name."""
+    urls = {"output_dir": config.output_dir} | ({"store": config.store} if config.store else {})
+    mark = uuid.uuid4().bytes
+    # A path is meant as the driver reads it, wherever a worker's own folder is
+    absolute = {key: url if "://" in url else os.path.abspath(url) for key, url in urls.items()}
+    places = {key: (url, f".doctor-{mark.hex()}-{key}") for key, url in absolute.items()}
+    for url, name in places.values():
+        try:
+            (Location.of(url) / name / "driver").write(mark)
+        except Exception as error:  # said by the nodes, which meet the same
+            say(f"  '{url}' cannot be written from here: {error}")
+    looking = ray.remote(num_cpus=0, max_retries=0)(look)
+    asked = {
+        _on(looking, node).remote(_name(node), bool(_has(node, "GPU")), places, mark, models_of(config)): node
+        for node in alive
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE)
+    said: list[tuple[Mapping[str, Any], dict[str, Any]]] = []
+    silent = {_name(node): f"no answer in {_PATIENCE:.0f} s" for node in asked.values()}
+    for reference in answered:
+        name = _name(asked[reference])
+        try:
+            said.append((asked[reference], ray.get(reference)))
+            del silent[name]
+        except Exception as error:  # of whatever kind: this node is not fit for work
+            silent[name] = str(error).strip().splitlines()[-1]
+    said.sort(key=lambda each: _name(each[0]))
+    fetched = _fetched([node for node, _ in said])
+    seen = {key: _names(url, name) for key, (url, name) in places.items()}
+    nodes = []
+    for node, facts in said:
+        kept = {
+            key: replace(place, seen_by_driver=_name(node) in seen[key]) if not place.error else place
+            for key, place in facts.pop("storage").items()
+        }
+        nodes.append(
+            Node(
+                name=_name(node),
+                cpus=_has(node, "CPU"),
+                gpus=_has(node, "GPU"),
+                object_store=_has(node, "object_store_memory"),
+                fetched=fetched.get(_name(node)),
+                skew=_skew(node),
+                storage=kept,
+                **facts,
+            )
+        )
+    for url, name in places.values():
+        try:
+            (Location.of(url) / name).remove()
+        except Exception as error:
+            say(f"  '{url}/{name}' could not be removed: {error}")
+    return nodes, silent
+
+
+def _on(task: Any, node: Mapping[str, Any]) -> Any:
+    return task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return f"{node['NodeManagerHostname']}-{node['NodeID'][:6]}"
+
+
+def _names(url: str, name: str) -> set[str]:
+    try:
+        return set((Location.of(url) / name).names())
+    except Exception:  # said by the nodes
+        return set()
+
+
+def _clock() -> float:
+    return time.time()
+
+
+def _skew(node: Mapping[str, Any]) -> float:
+    """Seconds by which a node's clock is surely ahead of this one's: what the asking took is left out."""
+    task = ray.remote(num_cpus=0)(_clock)
+    best, error = 0.0, float("inf")
+    for _ in range(3):
+        start = time.time()
+        there = ray.get(_on(task, node).remote())
+        end = time.time()
+        if (end - start) / 2 < error:
+            best, error = there - (start + end) / 2, (end - start) / 2
+    return float(np.sign(best) * max(0.0, abs(best) - error))
+
+
+def _hold() -> Any:
+    return np.random.default_rng().integers(0, 2**60, _OBJECT_MIB * 2**17)
+
+
+def _fetch(held: Sequence[Any]) -> float:
+    start = time.perf_counter()
+    ray.get(held[0])
+    return _OBJECT_MIB / (time.perf_counter() - start)
+
+
+def _fetched(nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """MiB/s at which each node gets an object that lies on the one before it, one after another."""
+    if len(nodes) < 2:
+        return {}
+    hold, fetch = ray.remote(num_cpus=0)(_hold), ray.remote(num_cpus=0)(_fetch)
+    speeds = {}
+    for here, there in zip(nodes, [*nodes[1:], nodes[0]], strict=True):
+        held = _on(hold, here).remote()
+        ray.wait([held], fetch_local=False)
+        speeds[_name(there)] = float(ray.get(_on(fetch, there).remote([held])))
+    return speeds

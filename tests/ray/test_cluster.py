@@ -1,0 +1,61 @@
+"""What a cluster offers, told apart from what it has at this moment. Starts no Ray."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import ray
+
+from retrieval_ray.config import ComputeConfig
+from retrieval_ray.doctor import Pool
+from retrieval_ray.errors import UserError
+from retrieval_ray.stages import cluster
+
+from .conftest import ROOT
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cluster of a head that runs no work; its home folder."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"driver_node": 1.0, "memory": 5.0})
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_machines_that_the_launcher_may_still_start_count(head: Path) -> None:
+    shutil.copy(ROOT / "cluster.yaml", head / "ray_bootstrap_config.yaml")
+    assert Pool(cpus=8, gpus=1, count=16) in cluster.node_types()
+    assert cluster.offered(ComputeConfig()) == {
+        "driver_node": 1.0, "memory": 5.0,
+        "CPU": 2 * (8 * 32 + 16 * 8 + 2 * 96), "GPU": 2 * (16 * 1 + 2 * 8),
+    }  # fmt: skip
+    assert cluster.gpus_per_worker(ComputeConfig()) == 1.0
+    cluster.join(ComputeConfig(workers=16, cpus_per_worker=7))
+    with pytest.raises(UserError, match=r"compute.workers=65 needs 65 GPU .* has at most 64"):
+        cluster.join(ComputeConfig(workers=65, cpus_per_worker=1))
+
+
+def test_a_cluster_of_fixed_size_is_what_it_is(head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    assert cluster.offered(ComputeConfig()) == {"CPU": 4.0, "GPU": 0.0}
+    assert cluster.gpus_per_worker(ComputeConfig()) == 0.0
+    with pytest.raises(UserError, match=r"compute.workers=4 needs 6 CPU .* has at most 4"):
+        cluster.join(ComputeConfig(workers=4))
+
+
+def test_one_that_grows_nobody_knows_how_far_is_asked_for_anything(head: Path) -> None:
+    compute = ComputeConfig(workers=500, autoscale=True)
+    assert cluster.gpus_per_worker(compute) == 1.0
+    cluster.join(compute)
+
+
+def test_another_cluster_s_file_is_not_read_for_a_local_one(
+    head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(ROOT / "cluster.yaml", head / "ray_bootstrap_config.yaml")
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert cluster.node_types() == []
