@@ -235,13 +235,15 @@ def test_patience_counts_epochs_without_improvement(student_folder, corpus, tmp_
 
     def measure(*_, **__):
         weights.append(torch.cat([p.detach().flatten() for p in student.model.parameters()]))
-        return {"dev_ndcg@10": next(values)}
+        value = next(values)
+        return {"dev_ndcg@10": value}, [value - 0.1, value + 0.1]
 
     monkeypatch.setattr(module, "evaluate", measure)
     settings = replace(SETTINGS, max_epochs=9, patience=2)
     progress = fit(student, [corpus], settings, Location.of(str(tmp_path)))
     assert [row["epoch"] for row in progress.history] == [0, 1, 2, 3, 4, 5]
     assert progress.best_epoch == 3
+    assert progress.by_query[3] == pytest.approx([0.6, 0.8]) and len(progress.by_query) == 6
     left = torch.cat([p.detach().flatten() for p in student.model.parameters()])
     assert torch.equal(left, weights[3]) and not torch.equal(left, weights[5])
 

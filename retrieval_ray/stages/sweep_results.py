@@ -95,6 +95,7 @@ def _run_best(context: Context, space: Space, best: Setting, output: Location) -
         store=context.store.url,
     )
     text = f"# Found by a sweep: {best.name()}. Takes what it can from the sweep's store.\n"
+    (output / "best").remove()  # of a sweep that went on another setting may have been the best
     (output / "best.yaml").write((text + OmegaConf.to_yaml(differences(config))).encode())
     pipeline.run(job.open_run(config, dry_run=False), None)
 

@@ -59,5 +59,5 @@ def test_the_same_weights_on_the_same_data_are_compared_and_nothing_else(tmp_pat
         2,
         0.25,
         0.125,
-        1.0,
+        pytest.approx(1.0),
     )

@@ -93,7 +93,7 @@ def test_gains_are_those_of_the_training_that_was_run(swept: Path) -> None:
 
 def test_the_page_and_the_test_figures_agree(swept: Path) -> None:
     page, tested = (swept / "sweep.html").read_text(), json.loads((swept / "test.json").read_text())
-    assert page.count("<svg") == 3 and "Which loss?" in page
+    assert page.count("<svg") == 4 and "Which loss?" in page  # effect, settings, curves, drift
     rows = {r["loss"]: r for r in rows_of(swept)}
     assert len(tested["settings"]) == 3 and tested["queries"] == 16
     for setting in tested["settings"]:
