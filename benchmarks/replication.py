@@ -47,11 +47,12 @@ def summary(tested: dict[str, Any]) -> dict[str, Any]:
             system = "returned" if variant == "default" else "candidate"
             collections[name][variant] = {key: row[system][key] for key in KEYS}
     leads = {name: c["teacher"]["delta"] for name, c in collections.items()}
-    shares = {n: c["default"]["delta"] / leads[n] for n, c in collections.items() if leads[n] > 0}
+    gains = {name: c["default"]["delta"] for name, c in collections.items()}
+    shares = {n: gains[n] / leads[n] for n in collections if leads[n] > 0}
     return {
         "collections": collections,
-        "mean_gain": float(np.mean([c["default"]["delta"] for c in collections.values()])),
-        "share_of_lead": float(np.mean(list(shares.values()))) if shares else None,
+        "mean_gain": float(np.mean(list(gains.values()))),
+        "share_of_lead": sum(gains[n] for n in shares) / sum(leads[n] for n in shares) if shares else None,
         "share_of_lead_by_collection": shares,
     }
 

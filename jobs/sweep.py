@@ -49,7 +49,8 @@ def sweep_one(context: Context) -> str | None:
             print(f"trial  {each.label()}")
         how = context.config.sweep
         print(f"{len(plans) or how.samples} trials ({how.search}), of which the first runs:")
-        print(plan.describe(context, pipeline.run, "train"))
+        first = replace(context, config=plans[0].config) if plans else context
+        print(plan.describe(first, pipeline.run, "train"))
         return None
     trials = sweep.run(context, space)
     return sweep_results.write(context, space, trials).url

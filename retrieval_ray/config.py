@@ -216,6 +216,7 @@ class TrainConfig:
     refresh_epochs: float | None = None  # or of every so many epochs
     rounds: int = 1  # at most: the adapted student is the retriever of the next, while dev measures rise
     checkpoint_minutes: float = 5.0
+    seed: int | None = None  # of training alone; null: the run's
     moe: MoeConfig = field(default_factory=MoeConfig)
 
 
@@ -261,7 +262,7 @@ class SweepConfig:
     space: dict[str, Any] = field(default_factory=dict)  # parameters, see sweeps.py
     search: str = "grid"  # grid | random | optuna
     samples: int = 16  # points of random and optuna
-    seeds: int = 1  # every point is trained with seed, seed + 1, ...
+    seeds: int = 1  # every point is trained with the seeds seed, seed + 1, ...; the lists stay the same
     trials_at_once: int = 1
     asha_epochs: int | None = None  # that every trial gets before ASHA may stop it; null: none is stopped
     asha_factor: float = 3.0  # one of so many goes on at each of ASHA's rungs
@@ -309,6 +310,10 @@ class Config:
     seed: int = 0
     output_dir: str = "out/run"
     store: str | None = None  # null: inside output_dir
+
+    def training_seed(self) -> int:
+        """Of the order of batches, dropout, routers and LoRA."""
+        return self.seed if self.train.seed is None else self.train.seed
 
     def corpora(self) -> list[DatasetConfig]:
         """The corpora of this run, at least one."""

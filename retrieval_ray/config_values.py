@@ -216,6 +216,12 @@ def check(config: Config) -> None:
         config.sweep.search != "optuna" or config.sweep.seeds == 1,
         "sweep.seeds: Optuna learns from single trials, so 1; repeat its best with a grid of its own",
     )
+    epochs = config.sweep.asha_epochs
+    need(
+        epochs is None or (epochs <= config.train.max_epochs and config.train.rounds == 1),
+        "sweep.asha_epochs: at most train.max_epochs, and only with train.rounds=1: ASHA counts epochs",
+    )
+    need(config.train.seed is None or config.train.seed >= 0, "train.seed: must not be negative")
     need(config.seed >= 0, "seed: must not be negative")
     for number, corpus in enumerate(config.corpora()):
         where = f"datasets[{number}]" if config.datasets else "dataset"

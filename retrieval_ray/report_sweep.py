@@ -49,7 +49,8 @@ def page(
         f"<h1>{html.escape(question or 'Which setting is best?')}</h1>",
         f"<p class='note'>{html.escape(name)}: {_count(trials)}. Gain is the rise of "
         f"{_measure(judged)} from the untouched student to the best trained epoch. Intervals are 95 %, over "
-        "dev queries: how sure a gain is on other queries, not with other seeds.</p>",
+        "dev queries: how sure a gain is on other queries, not with other seeds. The first of many is partly "
+        "lucky: of its gain expect less.</p>",
         f"<div class='verdict'>{answers}</div>",
         *(plots_sweep.effect(each, levels) for each, levels in effects.items()),
         *(
@@ -74,7 +75,13 @@ def answer(settings: Sequence[Setting], effects: Mapping[str, Sequence[Level]]) 
     if not math.isfinite(best.gain):
         return ["No setting was trained to its end."]
     found = sweeps.gain_of(best.trials)
-    lines = [f"Best on dev queries: {best.name()}, gain {best.gain:+.4f}" + _interval(found) + "."]
+    lines = []
+    if not sweeps.comparable([trial for setting in settings for trial in setting.trials]):
+        lines.append(
+            "These settings were not measured on the same dev queries, so the order below says little: give "
+            "judged ones (dataset.dev_split)."
+        )
+    lines += [f"Best on dev queries: {best.name()}, gain {best.gain:+.4f}" + _interval(found) + "."]
     if best.gain <= 0:
         lines.append("No setting beats the untouched student on the dev queries: the base model is kept.")
     for name, levels in effects.items():

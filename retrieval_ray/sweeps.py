@@ -84,6 +84,17 @@ def _parameter(name: str, given: Any) -> Range | Choices:
     )
 
 
+def holds(space: Space, point: Point) -> bool:
+    """Whether a point is one of this space."""
+    return point.keys() == space.keys() and all(
+        str(point[name]) in parameter.settings
+        if isinstance(parameter, Choices)
+        else parameter.low <= float(point[name]) <= parameter.high
+        for name, parameter in space.items()
+        if name in point
+    )
+
+
 def label(value: Any) -> str:
     """How a value is written in tables and pictures."""
     if value is None:
@@ -131,8 +142,12 @@ def settings(space: Space, point: Point) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a sweep. gain: of its best trained epoch over the untouched student, by the dev measure
-    that chooses; by_query: that measure per dev query of every epoch."""
+    """One training of a sweep.
+
+    gain: of its best trained epoch over the untouched student, by the dev measure that chooses, of all rounds
+    together; at most 0 where a run would return the base model. changes: the same by dev query. queries: a
+    key of which these are, and of what they are measured against.
+    """
 
     name: str
     point: Point
@@ -142,18 +157,12 @@ class Trial:
     epoch: int = 0
     measure: str = ""
     history: list[dict[str, float]] = field(default_factory=list)
-    by_query: list[list[float]] = field(default_factory=list)
+    changes: list[float] = field(default_factory=list)
+    queries: str = ""
     seconds: float = 0.0
     error: str = ""
     # of its stages that call a model, by fingerprint: [stage, rows, rows that this trial made]
     calls: dict[str, list[Any]] = field(default_factory=dict)
-
-    def change(self) -> Changes | None:
-        """The change of every dev query; None where it is not known."""
-        if not self.by_query:
-            return None
-        base, best = (np.asarray(self.by_query[epoch], dtype=np.float64) for epoch in (0, self.epoch))
-        return np.asarray(best - base)
 
 
 @dataclass(frozen=True)
@@ -188,10 +197,10 @@ def gain_of(trials: Sequence[Trial]) -> Difference | None:
     The changes of a query are averaged over trials; where trials have other dev queries, as where the lists
     that are held out differ, all their queries count as one sample.
     """
-    changes = [change for trial in trials if (change := trial.change()) is not None]
-    if not changes:
+    known = [trial for trial in trials if trial.changes]
+    if not known:
         return None
-    together = _together(changes)
+    together = _together(known)
     return paired_difference(np.zeros(len(together)).tolist(), together.tolist())
 
 
@@ -204,6 +213,11 @@ class Level:
     trials: int
     gain: Difference
     against: Difference | None
+
+
+def comparable(trials: Iterable[Trial]) -> bool:
+    """Whether all that were measured were measured on the same dev queries."""
+    return len({trial.queries for trial in trials if trial.changes}) <= 1
 
 
 def effects(space: Space, trials: Sequence[Trial], reference: Mapping[str, str]) -> dict[str, list[Level]]:
@@ -222,22 +236,20 @@ def effects(space: Space, trials: Sequence[Trial], reference: Mapping[str, str])
 
 
 def _levels(name: str, labels: Sequence[str], trials: Sequence[Trial], reference: str) -> list[Level]:
-    changes: dict[str, list[Changes]] = {}
-    for trial in trials:
-        if (change := trial.change()) is not None:
-            changes.setdefault(str(trial.point[name]), []).append(change)
-    together = {each: _together(changes[each]) for each in labels if each in changes}
+    of = {each: [t for t in trials if t.changes and str(t.point[name]) == each] for each in labels}
+    of = {each: own for each, own in of.items() if own}
+    together = {each: _together(own) for each, own in of.items()}
     base = together.get(reference)
     against: dict[str, Difference] = {}
     for each, change in together.items():
-        if each != reference and base is not None and len(change) == len(base):
+        if each != reference and base is not None and comparable([*of[reference], *of[each]]):
             against[each] = paired_difference(base.tolist(), change.tolist())
     adjusted = holm({each: difference.p for each, difference in against.items()})
     zeros = {each: np.zeros(len(change)).tolist() for each, change in together.items()}
     return [
         Level(
             each,
-            len(changes[each]),
+            len(of[each]),
             paired_difference(zeros[each], change.tolist()),
             Difference(d.mean, d.low, d.high, adjusted[each]) if (d := against.get(each)) else None,
         )
@@ -245,8 +257,9 @@ def _levels(name: str, labels: Sequence[str], trials: Sequence[Trial], reference
     ]
 
 
-def _together(changes: Sequence[Changes]) -> Changes:
-    if len({len(change) for change in changes}) == 1:
+def _together(trials: Sequence[Trial]) -> Changes:
+    changes = [np.asarray(trial.changes, dtype=np.float64) for trial in trials]
+    if comparable(trials):
         return np.asarray(np.mean(np.stack(changes), axis=0), dtype=np.float64)
     return np.concatenate(changes)
 

@@ -1,6 +1,7 @@
 """A sweep's page and its answers, from made-up trials."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,7 +19,7 @@ def trials(lift: float = 0.05) -> list[Trial]:
     found = []
     for point in sweeps.points(SPACE, "grid", 1, 0):
         raised = base_Q + (lift if point["loss"] == "both" else -0.01) + rng.normal(0, 0.01, 60)
-        found.append(trial(point, [base_Q.tolist(), raised.tolist()]))
+        found.append(trial(point, base_Q.tolist(), raised.tolist()))
     return found
 
 
@@ -64,3 +65,10 @@ def test_test_figures_stand_where_they_were_measured_alone() -> None:
     html = page(trials(), {best: OnTest(0.6123, Difference(0.1123, 0.05, 0.17, 0.004), 1)})
     assert html.count("0.6123") == 1 and "+0.1123 (+0.0500 to +0.1700)" in html and "1 of 1" in html
     assert html.count("<td>–</td><td>–</td><td>–</td><td>–</td>") == 5
+
+
+def test_settings_measured_on_other_dev_queries_come_with_a_warning() -> None:
+    found = [replace(each, queries=str(n)) for n, each in enumerate(trials())]
+    first, *rest = report_sweep.answer(sweeps.ranked(found), sweeps.effects(SPACE, found, {}))
+    assert first.startswith("These settings were not measured on the same dev queries")
+    assert not any("against" in line for line in rest)

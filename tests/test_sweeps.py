@@ -1,7 +1,9 @@
 """What a sweep tries and what its trials say, against naive loops and made-up trials with known answers."""
 
+import importlib
 import itertools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +30,21 @@ SPACE = sweeps.space_of(
 
 
 def trial(
-    point: dict[str, Any], by_query: list[list[float]], *, seed: int = 0, status: str = "done", name: str = ""
+    point: dict[str, Any],
+    before: list[float],
+    after: list[float],
+    *,
+    seed: int = 0,
+    status: str = "done",
+    queries: str = "dev",
 ) -> Trial:
-    """A trial whose second epoch is its best."""
-    history = [{"epoch": float(n), "dev_ndcg@10": float(np.mean(row))} for n, row in enumerate(by_query)]
-    gain = history[-1]["dev_ndcg@10"] - history[0]["dev_ndcg@10"] if history else math.nan
-    return Trial(
-        name or f"{point}{seed}",
-        point,
-        seed,
-        status,
-        gain,
-        max(0, len(by_query) - 1),
-        "dev_ndcg@10",
-        history,
-        by_query,
-    )
+    """A trial of one epoch with these values of its dev queries before and after."""
+    history = [
+        {"epoch": float(n), "dev_ndcg@10": float(np.mean(row))} for n, row in enumerate([before, after])
+    ]
+    gain = history[1]["dev_ndcg@10"] - history[0]["dev_ndcg@10"]
+    changes = np.subtract(after, before).tolist()
+    return Trial(f"{point}{seed}", point, seed, status, gain, 1, "dev_ndcg@10", history, changes, queries)
 
 
 # --- the space and its points -----------------------------------------------------------------
@@ -133,12 +134,12 @@ def test_settings_are_ranked_by_the_mean_over_seeds_and_unfinished_ones_come_las
     )
     ranked = sweeps.ranked(
         [
-            trial(kl, [[0.1], [0.9]], seed=0),
-            trial(both, [[0.1], [0.4]], seed=0),
-            trial(kl, [[0.1], [0.0]], seed=1),
-            trial(both, [[0.1], [0.7]], seed=1),
-            trial(clp, [[0.0], [1.0]], seed=0),
-            trial(clp, [], seed=1, status="failed"),
+            trial(kl, [0.1], [0.9], seed=0),
+            trial(both, [0.1], [0.4], seed=0),
+            trial(kl, [0.1], [0.0], seed=1),
+            trial(both, [0.1], [0.7], seed=1),
+            trial(clp, [0.0], [1.0], seed=0),
+            Trial("clp1", clp, 1, "failed"),
         ]
     )
     assert [setting.point for setting in ranked] == [both, kl, clp]
@@ -152,14 +153,14 @@ def test_the_effect_of_a_level_is_the_mean_change_per_query_of_its_trials() -> N
     trials = []
     for point in sweeps.points(SPACE, "grid", 1, 0):
         lift = 0.05 if point["loss"] == "both" else 0.0
-        trials.append(trial(point, [base_Q.tolist(), (base_Q + lift + rng.normal(0, 0.01, 40)).tolist()]))
+        trials.append(trial(point, base_Q.tolist(), (base_Q + lift + rng.normal(0, 0.01, 40)).tolist()))
     found = sweeps.effects(SPACE, trials, {"loss": "kl"})
     assert list(found) == ["train.terms.clp", "loss"]
     assert [level.label for level in found["loss"]] == ["kl", "both", "infonce"]
     by_label = {}
     for loss in ("kl", "both", "infonce"):
         own = [t for t in trials if t.point["loss"] == loss]
-        by_label[loss] = np.mean([np.subtract(t.by_query[1], t.by_query[0]) for t in own], axis=0)
+        by_label[loss] = np.mean([t.changes for t in own], axis=0)
     kl, both, infonce = found["loss"]
     assert both.trials == 2 and both.gain.mean == pytest.approx(by_label["both"].mean())
     assert kl.against is None and both.against is not None and infonce.against is not None
@@ -169,16 +170,37 @@ def test_the_effect_of_a_level_is_the_mean_change_per_query_of_its_trials() -> N
     assert both.against.p < 0.01 < infonce.against.p
 
 
-def test_levels_with_other_dev_queries_are_not_set_against_each_other() -> None:
+@pytest.mark.parametrize("size", [4, 6])
+def test_levels_with_other_dev_queries_are_not_set_against_each_other(size: int) -> None:
+    """Not where they are as many either."""
     space: sweeps.Space = {"k": Choices({"a": {}, "b": {}})}
-    trials = [trial({"k": "a"}, [[0.0] * 4, [0.1] * 4]), trial({"k": "b"}, [[0.0] * 6, [0.3] * 6])]
-    a, b = sweeps.effects(space, trials, {})["k"]
+    one = trial({"k": "a"}, [0.0] * 4, [0.1] * 4, queries="one")
+    other = trial({"k": "b"}, [0.0] * size, [0.3] * size, queries="other")
+    a, b = sweeps.effects(space, [one, other], {})["k"]
     assert (a.gain.mean, b.gain.mean) == (pytest.approx(0.1), pytest.approx(0.3))
     assert a.against is None and b.against is None
+    assert not sweeps.comparable([one, other]) and sweeps.comparable(
+        [one, Trial("x", {"k": "b"}, 0, "failed")]
+    )
+
+
+def test_the_gain_of_several_trials_is_the_mean_over_queries_of_their_means() -> None:
+    trials = [trial({"k": "a"}, [0.0, 0.2], [0.4, 0.2]), trial({"k": "a"}, [0.0, 0.2], [0.0, 0.8], seed=1)]
+    found = sweeps.gain_of(trials)
+    assert found is not None and found.mean == pytest.approx((0.2 + 0.3) / 2)
+    assert found.low == pytest.approx(0.2) and found.high == pytest.approx(0.3)
+    assert sweeps.gain_of([Trial("x", {"k": "b"}, 0, "failed")]) is None
+
+
+def test_a_point_is_of_a_space_that_has_its_labels_and_numbers() -> None:
+    space: sweeps.Space = {"k": Choices({"a": {}, "b": {}}), "x": Range(1e-4, 1e-2, log=True)}
+    assert sweeps.holds(space, {"k": "a", "x": 1e-3})
+    for other in ({"k": "c", "x": 1e-3}, {"k": "a", "x": 1e-1}, {"k": "a"}, {"k": "a", "x": 1e-3, "y": 1}):
+        assert not sweeps.holds(space, other)
 
 
 def test_calls_needed_and_made_are_counted_by_stage() -> None:
-    first, second = (trial({"k": str(n)}, []) for n in range(2))
+    first, second = (Trial(f"t{n}", {"k": str(n)}, 0, "done") for n in range(2))
     first.calls.update({"f1": ["score", 100, 60], "f2": ["generate", 10, 10]})
     second.calls.update({"f1": ["score", 100, 0], "f3": ["score", 40, 5]})
     assert sweeps.saved([first, second], "score") == (240, 65)
@@ -187,13 +209,12 @@ def test_calls_needed_and_made_are_counted_by_stage() -> None:
 
 def test_the_leaderboard_has_a_row_a_trial_and_a_column_a_parameter() -> None:
     point = {"train.terms.clp": "0", "loss": "kl"}
-    trials = [
-        trial(point, [[0.2, 0.2], [0.3, 0.5]], name="a"),
-        Trial("b", {**point, "loss": "both"}, 0, "failed", error="x"),
-    ]
-    table = sweeps.leaderboard(SPACE, trials, {"a": 0.4})
+    done = trial(point, [0.2, 0.2], [0.3, 0.5])
+    table = sweeps.leaderboard(
+        SPACE, [done, Trial("b", {**point, "loss": "both"}, 0, "failed", error="x")], {done.name: 0.4}
+    )
     one, other = table.to_pylist()
-    assert (one["rank"], one["trial"], one["loss"], one["test_ndcg@10"]) == (1, "a", "kl", 0.4)
+    assert (one["rank"], one["trial"], one["loss"], one["test_ndcg@10"]) == (1, done.name, "kl", 0.4)
     assert one["gain"] == pytest.approx(0.2) and one["low"] <= 0.2 <= one["high"]
     assert (other["rank"], other["status"], other["gain"], other["error"]) == (2, "failed", None, "x")
 
@@ -223,8 +244,7 @@ def test_every_point_of_a_shipped_sweep_is_a_config_of_its_own(name: str) -> Non
     configs = [with_values(config, sweeps.settings(space, point)) for point in points]
     assert len(configs) == SHIPPED[name]
     assert config.sweep.question and config.sweep.question.endswith("?")
-    if name != "experts":  # one expert has nothing to route, whichever router is named
-        assert len({digest(to_dict(each)) for each in configs}) == len(configs)
+    assert len({digest(to_dict(each)) for each in configs}) == len(configs)
     for parameter, reference in config.sweep.reference.items():
         assert reference in {point[parameter] for point in points}
 
@@ -239,3 +259,28 @@ def test_the_replications_collections_are_configs_with_other_dev_and_test_querie
         (split, part), (dev_split, dev_part) = map(split_spec, (own.dataset.split, own.dataset.dev_split))
         assert split != dev_split or part[0] >= dev_part[1]
         assert own.sweep.seeds == (3 if name in ("scifact", "covidqa", "cosqa") else 1)
+
+
+def test_the_replications_summary_is_computed_from_what_each_collection_found() -> None:
+    def collection(base: float, teacher: float, default: float, kl: float) -> dict[str, Any]:
+        def figures(ndcg: float) -> dict[str, Any]:
+            return {"ndcg@10": ndcg, "delta": ndcg - base, "ci95": [-0.1, 0.1], "p": 0.5}
+
+        rows = [
+            {"point": {"variant": name}, "seeds": 1, "teacher": figures(teacher), "returned": figures(ndcg),
+             "candidate": figures(ndcg - 0.01)}
+            for name, ndcg in (("default", default), ("kl", kl))
+        ]  # fmt: skip
+        return {"base": {"ndcg@10": base}, "queries": 10, "settings": rows}
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        module = importlib.import_module("replication")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    found = module.summary({"a": collection(0.4, 0.6, 0.5, 0.55), "b": collection(0.5, 0.4, 0.5, 0.45)})
+    assert found["mean_gain"] == pytest.approx(0.05) and found["share_of_lead"] == pytest.approx(0.5)
+    assert found["share_of_lead_by_collection"] == {"a": pytest.approx(0.5)}
+    assert found["collections"]["a"]["default"]["ndcg@10"] == 0.5  # what is returned
+    assert found["collections"]["a"]["kl"]["ndcg@10"] == pytest.approx(0.54)  # the trained model itself
+    assert module.table(found).count("\n| ") == 3

@@ -13,17 +13,23 @@ class Owners:
 
     def __init__(self) -> None:
         self.owners: dict[str, str] = {}
+        self.ended: set[str] = set()  # runs; a question of theirs may still be waiting
         self.changed = asyncio.Condition()
 
     async def take(self, fingerprint: str, owner: str) -> None:
         """Wait until the stage is nobody's or one's own, and take it."""
         async with self.changed:
-            await self.changed.wait_for(lambda: self.owners.get(fingerprint, owner) == owner)
-            self.owners[fingerprint] = owner
+            await self.changed.wait_for(
+                lambda: owner in self.ended or self.owners.get(fingerprint, owner) == owner
+            )
+            if owner not in self.ended:
+                self.owners[fingerprint] = owner
 
     async def give_back(self, owner: str, fingerprint: str | None) -> None:
         """One stage of a run, or, where it came to an end, all that it held."""
         async with self.changed:
+            if fingerprint is None:
+                self.ended.add(owner)
             for key in [k for k, o in self.owners.items() if o == owner and fingerprint in (None, k)]:
                 del self.owners[key]
             self.changed.notify_all()

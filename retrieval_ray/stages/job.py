@@ -21,7 +21,7 @@ from retrieval_ray.config_file import load
 from retrieval_ray.errors import UserError
 from retrieval_ray.stages import cluster
 from retrieval_ray.stages.context import STAGES, Context
-from retrieval_ray.stages.profile import resolve
+from retrieval_ray.stages.profile import Profile, resolve
 
 _RESULTS = ("metrics.json", "scores.json")  # written last by the jobs that have results
 _EXECUTION_KEYS = ("output_dir", "store", "compute")
@@ -73,10 +73,10 @@ def main(
         print(last_line, flush=True)
 
 
-def open_run(config: Config, *, dry_run: bool) -> Context:
+def open_run(config: Config, *, profile: Profile | None = None, dry_run: bool) -> Context:
     """The context of a run: its config, its store and its numeric profile.
 
-    The profile is probed once and written to ``output_dir/run.json``; a resumed run reads it there.
+    The profile is probed once, or given, and written to ``output_dir/run.json``, for a run that is resumed.
     Raises ``UserError`` where the output folder holds another run's results, and where output or
     store cannot be a folder.
     """
@@ -98,7 +98,8 @@ def open_run(config: Config, *, dry_run: bool) -> Context:
     on_cluster = cluster.given() and not dry_run
     if on_cluster:
         cluster.join(config.compute)
-    profile = resolve(config.compute, known.get("profile", {}), on_cluster=on_cluster)
+    before = asdict(profile) if profile else known.get("profile", {})
+    profile = resolve(config.compute, before, on_cluster=on_cluster)
     if not dry_run:
         record.write_json({"run": digest(identity), "config": identity, "profile": asdict(profile)})
     return Context(config, store, profile, dry_run=dry_run)

@@ -10,61 +10,43 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
 from ray import tune
 
 from retrieval_ray import sweeps
-from retrieval_ray.artifacts import Location, Stage, digest
-from retrieval_ray.config import Config, to_dict
-from retrieval_ray.config_file import with_values
+from retrieval_ray.artifacts import Location
+from retrieval_ray.config import Config
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
 from retrieval_ray.selection import gain, measure
-from retrieval_ray.stages import cluster, pipeline
+from retrieval_ray.stages import cluster
 from retrieval_ray.stages.claims import Claims, Owners
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.job import explain
-from retrieval_ray.sweeps import Choices, Point, Range, Space, Trial
+from retrieval_ray.stages.trial import Plan, result_of
+from retrieval_ray.sweeps import Choices, Range, Space, Trial
 
-_CALLING = ("generate", "score")  # stages that ask an LLM or a teacher
-_EXECUTION = ("output_dir", "store", "compute", "sweep")
 _ROW = ("epoch", "step", "dev_ndcg@10", "teacher_ndcg@10", "dev_kl", "gain")  # of what a trial reports
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One training to make: a point, its seed, and the config that they give."""
-
-    point: Point
-    seed: int
-    config: Config
-
-    @classmethod
-    def of(cls, config: Config, space: Space, point: Point, seed: int) -> "Plan":
-        """Raises ``UserError`` for a point whose config cannot be."""
-        return cls(point, seed, with_values(config, {"seed": seed, **sweeps.settings(space, point)}))
-
-    @property
-    def name(self) -> str:
-        """The same for the same config, so that a sweep that goes on knows what is done."""
-        return digest({k: v for k, v in to_dict(self.config).items() if k not in _EXECUTION})[:12]
-
-    def label(self) -> str:
-        """For a line on the screen."""
-        point = sweeps.Setting(self.point, []).name()
-        return f"{point}, seed={self.seed}" if self.config.sweep.seeds > 1 else point
-
-
 def plans(config: Config, space: Space) -> list[Plan]:
-    """Every training of a sweep whose points are known before; of Optuna's none is."""
+    """Every training of a sweep whose points are known before; of Optuna's none is.
+
+    Raises ``UserError`` where two points give the same config, or one a config that cannot be.
+    """
     how = config.sweep
     if how.search == "optuna":
         return []
     found = sweeps.points(space, how.search, how.samples, config.seed)
-    return [Plan.of(config, space, point, config.seed + n) for point in found for n in range(how.seeds)]
+    made = [Plan.of(config, space, point, config.seed + n) for point in found for n in range(how.seeds)]
+    by_name: dict[str, Plan] = {}
+    for plan in made:
+        if (twin := by_name.setdefault(plan.name, plan)) is not plan:
+            raise UserError(f"sweep.space: '{twin.label()}' and '{plan.label()}' give the same training")
+    return made
 
 
 def run(context: Context, space: Space) -> list[Trial]:
@@ -75,17 +57,19 @@ def run(context: Context, space: Space) -> list[Trial]:
     left = [plan for plan in all_plans if plan.name not in known]
     count = len(left) if all_plans else max(0, config.sweep.samples - len(known))
     say(f"sweep: {count} trials to run" + (f", {len(known)} done already" if known else ""))
+    cluster.join(
+        config.compute,
+        context.worker_resources()["num_gpus"],
+        trials=config.sweep.trials_at_once,
+        dashboard=True,  # frees what a trial held that ASHA stopped
+    )
     failed: list[Trial] = []
     if count:
-        cluster.join(
-            config.compute,
-            context.worker_resources()["num_gpus"],
-            trials=config.sweep.trials_at_once,
-            dashboard=True,  # frees what a trial held that ASHA stopped
-        )
         failed = _tuned(context, space, folder, left, list(known.values()), count)
         known = _known(config, space, folder)
     order = {plan.name: n for n, plan in enumerate(all_plans)}
+    if lost := order.keys() - known.keys() - {trial.name for trial in failed}:
+        raise UserError(f"sweep: {len(lost)} trials came to no end; run the same command again")
     done = [trial for name, trial in known.items() if name in order or not all_plans]
     return sorted([*done, *failed], key=lambda trial: order.get(trial.name, 0))
 
@@ -94,12 +78,14 @@ def _known(config: Config, space: Space, folder: Location) -> dict[str, Trial]:
     """Results that lie in the folder, by name, but for those of another config or space."""
     found = {}
     for name in folder.names() if folder.exists() else []:
+        if name.startswith("."):  # what a kill left half written
+            continue
         trial = Trial(**(folder / name).read_json())
-        if trial.point.keys() != space.keys():
+        if not sweeps.holds(space, trial.point):
             continue
         try:
             plan = Plan.of(config, space, trial.point, trial.seed)
-        except (KeyError, UserError):  # a label that the space lost
+        except UserError:
             continue
         if plan.name == trial.name:
             found[trial.name] = trial
@@ -111,14 +97,19 @@ def _tuned(
 ) -> list[Trial]:
     """Let Tune run these plans, or Optuna find so many; returns those that failed."""
     config, how = context.config, context.config.sweep
-    os.environ.update(RAY_CHDIR_TO_TRIAL_DIR="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
+    os.environ.update(
+        RAY_CHDIR_TO_TRIAL_DIR="0",
+        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+        TUNE_DISABLE_SIGINT_HANDLER="1",  # it would go on with what is there as if that were all
+    )
     owners = Owners.remote()  # type: ignore[attr-defined]
     watch = _Watch(config, space, folder, owners, count)
     scheduler = None
     if how.asha_epochs is not None:
         scheduler = tune.schedulers.ASHAScheduler(
-            grace_period=how.asha_epochs + 1,  # the untouched student is a trial's first report
-            max_t=config.train.max_epochs + 2,
+            time_attr="epoch",
+            grace_period=how.asha_epochs,
+            max_t=config.train.max_epochs + 1,
             reduction_factor=how.asha_factor,
         )
     storage = Location.of(config.output_dir) / ".tune"
@@ -126,7 +117,8 @@ def _tuned(
     grid = [{"point": plan.point, "seed": plan.seed} for plan in left]
     found = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(_trial, context=context, space=space, owners=owners), _light()
+            tune.with_parameters(_trial, context=context, space=space, folder=folder, owners=owners),
+            _light(),
         ),
         param_space={"trial": tune.grid_search(grid)} if grid else {},
         tune_config=tune.TuneConfig(
@@ -181,7 +173,7 @@ def _optuna(space: Space, known: list[Trial], seed: int) -> Any:
             return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
         return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
 
-    done = [trial for trial in known if trial.status == "done"]
+    done = [trial for trial in known if trial.status in ("done", "untrained")]
     return OptunaSearch(
         space={name: distribution(parameter) for name, parameter in space.items()},
         metric="gain",
@@ -198,59 +190,27 @@ def _plan_of(config: Config, space: Space, given: Mapping[str, Any]) -> Plan:
     return Plan.of(config, space, trial["point"], trial["seed"])
 
 
-def _trial(given: dict[str, Any], *, context: Context, space: Space, owners: Any) -> None:
+def _trial(given: dict[str, Any], *, context: Context, space: Space, folder: Location, owners: Any) -> None:
     """One training, from whatever the store lacks of its stages; runs in a process of Tune's."""
     plan = _plan_of(context.config, space, given)
-    folder = Location.of(context.config.output_dir) / "trials"
     claims = Claims(owners, tune.get_context().get_trial_id())
     own = replace(context, config=plan.config, claims=claims, planned=[], started={}, touched={})
     started = time.monotonic()
     trial, reported = result_of(own, plan)
     for row in [] if reported else trial.history:
-        tune.report({**row, "gain": gain(trial.history, int(row["epoch"]))})
+        tune.report({**row, "gain": gain(trial.history, int(row["epoch"]))})  # its training was there already
     trial = replace(trial, seconds=round(time.monotonic() - started, 3))
     (folder / f"{plan.name}.json").write_json(asdict(trial))
     tune.report({"gain": trial.gain, "epoch": trial.epoch})
 
 
-def result_of(context: Context, plan: Plan) -> tuple[Trial, bool]:
-    """Run the stages up to training; what came of it, and whether its training was run just now.
-
-    With several rounds the gains of all add up, and the epochs are the last one's.
-    """
-    grouped = pipeline.lists(context)
-    assert grouped is not None
-    rounds = pipeline.trained(context, grouped)
-    trial = Trial(plan.name, plan.point, plan.seed, "untrained", gain=0.0, calls=_calls(context))
-    if not rounds:
-        return trial, False
-    fits = [(each.folder / "fit.json").read_json() for each in rounds]
-    gains = [gain(fit["history"], fit["best_epoch"]) for fit in fits]
-    last = fits[-1]
-    trial = replace(
-        trial,
-        status="done",
-        gain=sum(gains),
-        epoch=last["best_epoch"],
-        measure=measure(last["history"][0]),
-        history=last["history"],
-        by_query=last["by_query"],
-    )
-    return trial, rounds[-1].fingerprint in context.started
-
-
-def _calls(context: Context) -> dict[str, list[Any]]:
-    """Of every stage that asks a model: how many answers it holds, and how many this run asked for."""
-    return {
-        fingerprint: [kind, *_asked(stage, fingerprint in context.started)]
-        for fingerprint, stage in context.touched.items()
-        if (kind := stage.name.partition("-")[0]) in _CALLING  # score-late: of the teacher late
-    }
-
-
-def _asked(stage: Stage, here: bool) -> tuple[int, int]:
-    manifest = stage.manifest()
-    return int(manifest["rows"]), int(manifest["rows_this_run"]) if here else 0
+def _with_start(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """A history out of reports; those of a training that went on lack the untouched student."""
+    history = [{key: value for key, value in row.items() if key != "gain"} for row in rows]
+    if not rows or rows[0]["epoch"] == 0:
+        return history
+    name = measure(rows[0])
+    return [{"epoch": 0.0, "step": 0.0, name: rows[0][name] - rows[0]["gain"]}, *history]
 
 
 class _Watch(tune.Callback):  # type: ignore[misc]
@@ -275,8 +235,9 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         record = self.folder / f"{plan.name}.json"
         if not record.exists():
             rows = self.rows[trial.trial_id]
-            best = max(rows, key=lambda row: row["gain"], default={"gain": math.nan, "epoch": 0})
-            history = [{key: value for key, value in row.items() if key != "gain"} for row in rows]
+            trained = [row for row in rows if row["epoch"] > 0]
+            best = max(trained or rows, key=lambda row: row["gain"], default={"gain": math.nan, "epoch": 0})
+            history = _with_start(rows)
             stopped = Trial(plan.name, plan.point, plan.seed, "stopped", best["gain"], int(best["epoch"]))
             name = measure(history[0]) if history else ""
             record.write_json(asdict(replace(stopped, history=history, measure=name)))

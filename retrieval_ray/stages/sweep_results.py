@@ -20,7 +20,7 @@ from retrieval_ray.report_sweep import OnTest
 from retrieval_ray.stages import drift, job, pipeline, train
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.evaluate import values_of
-from retrieval_ray.stages.sweep import Plan
+from retrieval_ray.stages.trial import Plan
 from retrieval_ray.sweeps import Setting, Space, Trial
 
 _METRIC = "ndcg@10"
@@ -97,7 +97,7 @@ def _run_best(context: Context, space: Space, best: Setting, output: Location) -
     text = f"# Found by a sweep: {best.name()}. Takes what it can from the sweep's store.\n"
     (output / "best").remove()  # of a sweep that went on another setting may have been the best
     (output / "best.yaml").write((text + OmegaConf.to_yaml(differences(config))).encode())
-    pipeline.run(job.open_run(config, dry_run=False), None)
+    pipeline.run(job.open_run(config, profile=context.profile, dry_run=False), None)
 
 
 def _measured(context: Context, space: Space, trial: Trial) -> Measured:

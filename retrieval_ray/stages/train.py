@@ -30,7 +30,7 @@ from retrieval_ray.step import Lists
 from retrieval_ray.student import default_chunk_tokens
 
 VERSION = 9
-_NOT_IN_IDENTITY = ("checkpoint_minutes", "activation_gib", "rounds")
+_NOT_IN_IDENTITY = ("checkpoint_minutes", "activation_gib", "rounds", "seed")
 
 
 def run(context: Context, corpora: list[Grouped], judges: list[Judge]) -> Stage:
@@ -48,7 +48,7 @@ def run(context: Context, corpora: list[Grouped], judges: list[Judge]) -> Stage:
         "student": student_identity(context),
         "lora": lora_of(context),
         "train": {k: v for k, v in to_dict(config.train).items() if k not in _NOT_IN_IDENTITY},
-        "seed": config.seed,
+        "seed": config.training_seed(),
         "profile": {**context.profile.numeric(), "workers": _world(context)},
         "refresh": [refresh.read_of(corpus) for corpus in corpora] if refresh.wanted(config.train) else None,
     }
@@ -196,7 +196,7 @@ def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> S
         activation_bytes=None if train.activation_gib is None else int(train.activation_gib * 2**30),
         dropout=train.dropout,
         checkpoint_seconds=60 * train.checkpoint_minutes,
-        seed=context.config.seed,
+        seed=context.config.training_seed(),
         balance_weight=train.moe.balance_weight,
         jitter=train.moe.jitter,
     )

@@ -76,7 +76,7 @@ def remove_traces(folder: Location) -> None:
 def lora_of(context: Context) -> dict[str, Any] | None:
     """What ``add_lora`` takes beside the student."""
     lora = context.config.student.lora
-    return None if lora.r is None else {**vars(lora), "seed": context.config.seed}
+    return None if lora.r is None else {**vars(lora), "seed": context.config.training_seed()}
 
 
 def _snapshot_name(step: int) -> str:

@@ -179,6 +179,12 @@ def test_a_stage_is_one_runs_at_a_time(ray_local: None) -> None:
     waiting = owners.take.remote("g", "one")
     other.give_back()
     ray.get(waiting, timeout=10)
+    one.take("h")
+    waiting = owners.take.remote("h", "dead")  # it dies while it waits
+    Claims(owners, "dead").give_back()
+    ray.get(waiting, timeout=10)
+    one.give_back("h")
+    one.take("h")  # is nobody's
 
 
 @pytest.mark.chaos
