@@ -118,7 +118,8 @@ def _reject_unknown(given: Any, schema: Any, prefix: str) -> None:
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
-            elsewhere = [k for k in _all_keys(Config, "") if k.rpartition(".")[2] == key]
+            same = [k for k in _all_keys(Config, "") if k.rpartition(".")[2] == key]
+            elsewhere = sorted(same, key=lambda known: known.count("."))
             everywhere = difflib.get_close_matches(f"{prefix}{key}", _all_keys(Config, ""), n=1)
             hint = next(iter([*elsewhere, *(f"{prefix}{n}" for n in near), *everywhere]), None)
             raise UserError(
