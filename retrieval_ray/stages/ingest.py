@@ -137,7 +137,11 @@ def _write_parts(target: Stage, source: Source, names: list[str], sort: Callable
             del empty[names[number]]
         yield from ((name, _table([])) for name in empty)
 
-    for _ in each(lambda part: target.write(*part), tables()):
+    def write(part: tuple[str, pa.Table]) -> None:
+        target.write(*part)
+
+    # Only an object store is waited for; parts that wait are parts that memory holds
+    for _ in map(write, tables()) if target.folder.is_local else each(write, tables()):
         pass
     if content_of(total) != target.identity["passages"]:
         raise UserError(f"dataset '{source.name}': the corpus was changed while it was read; run again")
