@@ -245,7 +245,9 @@ class Stage:
     def finish(self, parts: Sequence[str], **facts: object) -> None:
         """Write the manifest: the stage is done. ``parts`` are hashed as they lie on disk."""
         names = sorted(parts)
-        hashes = dict(zip(names, each(lambda part: _sha256(self.folder / part), names), strict=True))
+        files = [self.folder / part for part in names]  # a disk is read one by one: less is held
+        hashed = map(_sha256, files) if self.folder.is_local else each(_sha256, files)
+        hashes = dict(zip(names, hashed, strict=True))
         manifest = {
             "stage": self.name,
             "fingerprint": self.fingerprint,
