@@ -17,7 +17,7 @@ import ray
 from ray import tune
 
 from retrieval_ray import sweeps
-from retrieval_ray.artifacts import Location
+from retrieval_ray.artifacts import Location, digest
 from retrieval_ray.config import Config
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
@@ -27,7 +27,7 @@ from retrieval_ray.stages.claims import Claims, Owners
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.job import explain
 from retrieval_ray.stages.trial import Plan, result_of
-from retrieval_ray.sweeps import Choices, Range, Space, Trial
+from retrieval_ray.sweeps import Choices, Point, Range, Space, Trial
 
 _ROW = ("epoch", "step", "dev_ndcg@10", "teacher_ndcg@10", "dev_kl", "gain")  # of what a trial reports
 
@@ -140,10 +140,16 @@ def _tuned(
     storage.remove()
     failed = []
     for result in found:
-        plan = _plan_of(config, space, result.config)
-        if result.error is not None and not (folder / f"{plan.name}.json").exists():
-            message = explain(result.error) or str(result.error).strip().rpartition("\n")[2]
-            failed.append(Trial(plan.name, plan.point, plan.seed, "failed", error=message))
+        if result.error is None:
+            continue
+        message = explain(result.error) or str(result.error).strip().rpartition("\n")[2]
+        point, seed = _asked(config, result.config)
+        try:
+            name = Plan.of(config, space, point, seed).name
+        except UserError:  # Optuna's point is no config
+            name = digest([point, seed])[:12]
+        if not (folder / f"{name}.json").exists():
+            failed.append(Trial(name, point, seed, "failed", error=message))
     return failed
 
 
@@ -184,10 +190,14 @@ def _optuna(space: Space, known: list[Trial], seed: int) -> Any:
     )
 
 
-def _plan_of(config: Config, space: Space, given: Mapping[str, Any]) -> Plan:
-    """What Tune gave a trial: a plan, or a point that Optuna found."""
+def _asked(config: Config, given: Mapping[str, Any]) -> tuple[Point, int]:
+    """What Tune gave a trial: a plan's point and seed, or a point that Optuna found."""
     trial = given.get("trial", {"point": dict(given), "seed": config.seed})
-    return Plan.of(config, space, trial["point"], trial["seed"])
+    return trial["point"], trial["seed"]
+
+
+def _plan_of(config: Config, space: Space, given: Mapping[str, Any]) -> Plan:
+    return Plan.of(config, space, *_asked(config, given))
 
 
 def _trial(given: dict[str, Any], *, context: Context, space: Space, folder: Location, owners: Any) -> None:
@@ -244,7 +254,7 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self._end(trial, f"{plan.label()}: {record.read_json()['status']}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, f"{_plan_of(self.config, self.space, trial.config).label()}: failed")
+        self._end(trial, f"{sweeps.Setting(_asked(self.config, trial.config)[0], []).name()}: failed")
 
     def _end(self, trial: Any, line: str) -> None:
         ray.get(self.owners.give_back.remote(trial.trial_id, None))

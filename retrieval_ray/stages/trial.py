@@ -66,7 +66,7 @@ def result_of(context: Context, plan: Plan) -> tuple[Trial, bool]:
         epoch=last["best_epoch"],
         measure=measure(last["history"][0]),
         history=last["history"],
-        changes=np.sum([_changes(fit) for fit in fits], axis=0).tolist(),
+        changes=_changes(fits).tolist(),
         queries=_measured_on(grouped),
     )
     return trial, rounds[-1].fingerprint in context.started
@@ -78,9 +78,11 @@ def _gain(fit: dict[str, Any]) -> float:
     return found if chosen(fit["history"]) else min(0.0, found)
 
 
-def _changes(fit: dict[str, Any]) -> Any:
-    """Of every dev query, to the best trained epoch."""
-    return np.subtract(fit["by_query"][fit["best_epoch"]], fit["by_query"][0])
+def _changes(fits: list[dict[str, Any]]) -> Any:
+    """Of every dev query, to the best trained epochs of all rounds; the last alone where they differ."""
+    found = [np.subtract(fit["by_query"][fit["best_epoch"]], fit["by_query"][0]) for fit in fits]
+    same = len({len(each) for each in found}) == 1
+    return np.sum(found, axis=0) if same else found[-1]
 
 
 def _measured_on(grouped: list[Grouped]) -> str:

@@ -14,8 +14,11 @@ import ray
 from omegaconf import OmegaConf
 
 from retrieval_ray.config_file import load
+from retrieval_ray.errors import UserError
 from retrieval_ray.stages import job
 from retrieval_ray.stages.claims import Claims, Owners
+from retrieval_ray.stages.sweep import plans as plans_of
+from retrieval_ray.sweeps import space_of
 
 from .conftest import ROOT, job_module, run_job, small_settings
 
@@ -185,6 +188,16 @@ def test_a_stage_is_one_runs_at_a_time(ray_local: None) -> None:
     ray.get(waiting, timeout=10)
     one.give_back("h")
     one.take("h")  # is nobody's
+
+
+def test_seeds_are_of_training_alone_and_no_two_points_are_one(settings: list[str]) -> None:
+    config = load(settings[0], [*settings[1:], "sweep.seeds=2"])
+    plans = plans_of(config, space_of(config.sweep.space))
+    assert [plan.config.training_seed() for plan in plans] == [0, 1] * 3
+    assert {plan.config.seed for plan in plans} == {0} and len({plan.name for plan in plans}) == 6
+    twins = {"k": {"a": {"train.dropout": False}, "b": {}}}
+    with pytest.raises(UserError, match="'k=a' and 'k=b' give the same training"):
+        plans_of(load(settings[0], settings[1:]), space_of(twins))
 
 
 @pytest.mark.chaos
