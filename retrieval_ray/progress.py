@@ -10,12 +10,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 SECONDS_BETWEEN_LINES = 15.0
 Advance = Callable[[int, str], None]  # (how much is done in all, a word on it)
+Listener = Callable[[str], None]
+_listeners: list[Listener] = []
 
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Advance]:
     """Show how far a piece of work is: call the yielded function with what is done so far."""
-    if not sys.stderr.isatty():
+    if _listeners or not sys.stderr.isatty():
         with _lines(label, total) as advance:
             yield advance
         return
@@ -43,4 +45,17 @@ def _lines(label: str, total: int) -> Iterator[Advance]:
 
 def say(line: str) -> None:
     """One line for the person who waits."""
-    print(line, file=sys.stderr, flush=True)
+    if _listeners:
+        _listeners[-1](line)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Lines go to the listener: nobody reads what a process far away prints."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)

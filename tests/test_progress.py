@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from retrieval_ray import progress as module
-from retrieval_ray.progress import progress, say
+from retrieval_ray.progress import heard_by, progress, say
 
 
 class Terminal(io.StringIO):
@@ -27,6 +27,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_say_writes_one_line_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
     say("reading the corpus")
     assert capfd.readouterr() == ("", "reading the corpus\n")
+
+
+def test_a_listener_hears_what_is_said_and_how_far_work_is(
+    capfd: pytest.CaptureFixture[str], clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    heard: list[str] = []
+    with heard_by(heard.append):
+        say("reading")
+        with progress("encode", 40) as advance:
+            clock[0] += module.SECONDS_BETWEEN_LINES
+            advance(10, "")
+    assert (heard, capfd.readouterr()) == (["reading", "  encode: 10 of 40"], ("", ""))
+    say("again")
+    assert (len(heard), capfd.readouterr().err) == (2, "again\n")
 
 
 def test_lines_say_what_is_done_of_how_much(capfd: pytest.CaptureFixture[str], clock: list[float]) -> None:

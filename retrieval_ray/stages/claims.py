@@ -9,12 +9,22 @@ import ray
 
 @ray.remote(num_cpus=0)
 class Owners:
-    """Stages by fingerprint, and the run that each belongs to until it gives it back."""
+    """Stages by fingerprint, the run that each belongs to until it gives it back, and what runs say."""
 
     def __init__(self) -> None:
         self.owners: dict[str, str] = {}
         self.ended: set[str] = set()  # runs; a question of theirs may still be waiting
         self.changed = asyncio.Condition()
+        self.lines: list[str] = []
+
+    async def tell(self, line: str) -> None:
+        """What a run has to say, for ``told``."""
+        self.lines.append(line)
+
+    async def told(self) -> list[str]:
+        """What was told since this was asked last."""
+        lines, self.lines = self.lines, []
+        return lines
 
     async def take(self, fingerprint: str, owner: str) -> None:
         """Wait until the stage is nobody's or one's own, and take it."""

@@ -20,7 +20,7 @@ from retrieval_ray import sweeps
 from retrieval_ray.artifacts import Location, digest
 from retrieval_ray.config import Config
 from retrieval_ray.errors import UserError
-from retrieval_ray.progress import say
+from retrieval_ray.progress import heard_by, say
 from retrieval_ray.selection import gain, measure
 from retrieval_ray.stages import cluster
 from retrieval_ray.stages.claims import Claims, Owners
@@ -30,6 +30,8 @@ from retrieval_ray.stages.trial import Plan, result_of
 from retrieval_ray.sweeps import Choices, Point, Range, Space, Trial
 
 _ROW = ("epoch", "step", "dev_ndcg@10", "teacher_ndcg@10", "dev_kl", "gain")  # of what a trial reports
+
+_FAILURES = 2  # of a trial, that machines taken away and full memories may cause
 
 
 def plans(config: Config, space: Space) -> list[Plan]:
@@ -98,6 +100,7 @@ def _tuned(
     """Let Tune run these plans, or Optuna find so many; returns those that failed."""
     config, how = context.config, context.config.sweep
     os.environ.update(
+        RAY_AIR_NEW_OUTPUT="0",  # whose tables name a folder that is gone at the end
         RAY_CHDIR_TO_TRIAL_DIR="0",
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         TUNE_DISABLE_SIGINT_HANDLER="1",  # it would go on with what is there as if that were all
@@ -134,6 +137,7 @@ def _tuned(
             storage_path=storage.path,
             storage_filesystem=storage.filesystem,
             callbacks=[watch],
+            failure_config=tune.FailureConfig(max_failures=_FAILURES),  # what it finished is in the store
             verbose=0,
         ),
     ).fit()
@@ -204,9 +208,10 @@ def _trial(given: dict[str, Any], *, context: Context, space: Space, folder: Loc
     """One training, from whatever the store lacks of its stages; runs in a process of Tune's."""
     plan = _plan_of(context.config, space, given)
     claims = Claims(owners, tune.get_context().get_trial_id())
-    own = replace(context, config=plan.config, claims=claims, planned=[], started={}, touched={})
+    own = replace(context, config=plan.config, claims=claims, quiet=True, planned=[], started={}, touched={})
     started = time.monotonic()
-    trial, reported = result_of(own, plan)
+    with heard_by(lambda line: owners.tell.remote(f"  {plan.label()}: {line}")):
+        trial, reported = result_of(own, plan)
     for row in [] if reported else trial.history:
         tune.report({**row, "gain": gain(trial.history, int(row["epoch"]))})  # its training was there already
     trial = replace(trial, seconds=round(time.monotonic() - started, 3))
@@ -231,6 +236,10 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self.rows: dict[str, list[dict[str, float]]] = defaultdict(list)
         self.ended = 0
 
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        for line in ray.get(self.owners.told.remote()):
+            say(line)
+
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
@@ -252,6 +261,10 @@ class _Watch(tune.Callback):  # type: ignore[misc]
             name = measure(history[0]) if history else ""
             record.write_json(asdict(replace(stopped, history=history, measure=name)))
         self._end(trial, f"{plan.label()}: {record.read_json()['status']}")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        label = _plan_of(self.config, self.space, trial.config).label()
+        say(f"  {label}: failed, and is tried again")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, f"{sweeps.Setting(_asked(self.config, trial.config)[0], []).name()}: failed")
