@@ -7,7 +7,8 @@ tiny random encoder, exact dense search, one worker, always as many queries) on 
 per passage is (seconds - seconds of the start-up corpus) / (passages - its passages); memory is the peak of
 the driver and all of Ray's processes above what they held before the stages began. ``ratio`` is the marginal
 time at the second size over that at the largest: 1 when growth is linear. ``memory_ratio`` is peak memory at
-the largest over that at the second. ``by_stage`` has each stage's seconds and peak above its own start.
+the largest over that at the second. ``equal``: every passage was read and encoded, every query
+was searched. ``by_stage`` has each stage's seconds and peak above its own start.
 """
 
 import json
@@ -64,7 +65,7 @@ def main() -> None:
         ours=marginal[last],
         peer=marginal[second],
         unit="microseconds per further passage",
-        equal=True,
+        equal=all(run["all"]["whole"] for found in runs.values() for run in found),
         memory_ratio=private[last] / private[second],
         marginal=marginal,
         seconds=seconds,
@@ -109,6 +110,8 @@ def _run(folder: str, encoder: str, size: int, queries: list[str]) -> dict[str, 
         "seconds": sum(figures["seconds"] for figures in found.values()),
         "private": max(peak.megabytes + more for peak, more in zip(peaks, grown, strict=True)),
         "mapped": max(peak.with_mapped for peak in peaks),
+        "whole": [made.corpus.manifest()["rows"], made.passages.manifest()["rows"]] == [size, size]
+        and made.retrieved.manifest()["rows"] == len(queries),
     }
     return found
 

@@ -2,11 +2,13 @@
 
     python benchmarks/train_workers.py [--quick] [--data FOLDER] [--batch 512] [--workers 2]
 
-The same lists on both, in turn, medians; no graph is kept, so the work is the same. That the results are
-equal is shown by tests/test_step.py. The last line is one JSON object; without ``--quick`` it is also written
-to benchmarks/results/.
+The same lists on both, in turn, medians; no graph is kept, so the work is the same. ``equal``: loss and norm
+of the gradient agree to 1e-4 (that all of the gradient does is shown by tests/test_step.py). The last line is
+one JSON object; without ``--quick`` it is also written to benchmarks/results/.
 """
 
+import json
+import math
 import statistics
 import sys
 import tempfile
@@ -22,13 +24,13 @@ from sides import Ours
 from retrieval_ray.student import probe_precision
 
 
-def step_seconds(workers: int, task: Task, precision: str) -> float:
-    """Of one step, from when all workers are ready."""
+def step(workers: int, task: Task, precision: str) -> dict[str, float]:
+    """Of one step: its seconds from when all workers are ready, its loss, and the norm of its gradient."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_worker, (workers, folder, task, precision), nprocs=workers)
-        seconds = float((Path(folder) / "seconds").read_text())
-    print(f"{workers} workers: {seconds:.2f} s", file=sys.stderr, flush=True)
-    return seconds
+        found: dict[str, float] = json.loads((Path(folder) / "found").read_text())
+    print(f"{workers} workers: {found['seconds']:.2f} s", file=sys.stderr, flush=True)
+    return found
 
 
 def _worker(rank: int, workers: int, folder: str, task: Task, precision: str) -> None:
@@ -41,10 +43,15 @@ def _worker(rank: int, workers: int, folder: str, task: Task, precision: str) ->
     side.loss(task.first(2))
     if workers > 1:
         torch.distributed.barrier()
+    side.model.zero_grad()
     start = time.perf_counter()
-    side.loss(task)
+    loss = side.loss(task)
+    seconds = time.perf_counter() - start
     if rank == 0:
-        (Path(folder) / "seconds").write_text(str(time.perf_counter() - start))
+        norm = float(
+            torch.nn.utils.get_total_norm([p.grad for p in side.model.parameters() if p.grad is not None])
+        )
+        (Path(folder) / "found").write_text(json.dumps({"seconds": seconds, "loss": loss, "norm": norm}))
     if workers > 1:
         torch.distributed.destroy_process_group()
 
@@ -63,11 +70,13 @@ def main() -> None:
     make = partial(beir, options.data) if options.data else synthetic
     task = make(options.batch, options.places, options.tokens)
     precision = probe_precision("cpu")
-    seconds: dict[int, list[float]] = {1: [], options.workers: []}
+    runs: dict[int, list[dict[str, float]]] = {1: [], options.workers: []}
     for _ in range(options.rounds):
-        for workers, found in seconds.items():
-            found.append(step_seconds(workers, task, precision))
+        for workers, found in runs.items():
+            found.append(step(workers, task, precision))
+    seconds = {workers: [run["seconds"] for run in found] for workers, found in runs.items()}
     one, several = (statistics.median(found) for found in seconds.values())
+    alone, together = runs[1][0], runs[options.workers][0]
     lists = len(task.lists.query_ids)
     measure.report(
         "train_workers",
@@ -76,7 +85,7 @@ def main() -> None:
         ours=lists / several,
         peer=lists / one,
         unit="queries/s",
-        equal=True,
+        equal=all(math.isclose(alone[what], together[what], rel_tol=1e-4) for what in ("loss", "norm")),
         workers=options.workers,
         precision=precision,
         data=options.data.name if options.data else "synthetic",

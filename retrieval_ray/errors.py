@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Jobs print the message alone and end with exit code 2.
     """
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on, on any worker; it would end so again."""

@@ -18,7 +18,7 @@ from retrieval_ray.artifacts import Location
 from retrieval_ray.balance import Balance
 from retrieval_ray.batching import epoch_batches
 from retrieval_ray.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_weights
-from retrieval_ray.errors import UserError
+from retrieval_ray.errors import TrainingStopped
 from retrieval_ray.memory import activation_bytes
 from retrieval_ray.metrics import Qrels
 from retrieval_ray.moe import moe_layers
@@ -111,8 +111,8 @@ def fit(
     by part and its speed. The routers of a student with experts are jittered and balanced as told.
     should_checkpoint: asked on every rank after every step, and must answer alike on all; for a machine
     that is about to be taken away.
-    A step whose loss or gradient is not finite changes no weight and is counted; raises ``UserError``
-    naming the queries after 3 in a row or 10 in all.
+    A step whose loss or gradient is not finite changes no weight and is counted; raises
+    ``TrainingStopped`` naming the queries after 3 in a row or 10 in all.
     """
     torch.manual_seed(settings.seed)
     student.prepare_training()
@@ -200,7 +200,7 @@ def fit(
             )
             norm = _clip(parameters, settings.clip_norm)
             if not math.isfinite(norm):
-                raise NotFinite("gradient", lists.query_ids)
+                raise NotFinite("gradient of a batch", lists.query_ids)
             optimiser.step()
         except NotFinite as error:
             row = {"step": progress.step, "corpus": corpora[which].name, "what": error.what}
@@ -278,7 +278,7 @@ def _stop_if_hopeless(progress: Progress) -> None:
             f"step {row['step']} of '{row['corpus']}': {row['what']}, queries {', '.join(row['queries'])}"
             for row in rows
         )
-        raise UserError(
+        raise TrainingStopped(
             f"training stopped: {len(progress.skipped)} steps of {progress.step} had a loss or gradient that "
             f"is not finite ({seen}). Look at these queries and their lists, lower train.learning_rate, or "
             "set compute.precision=float32"

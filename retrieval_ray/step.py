@@ -241,8 +241,9 @@ def training_step(
         broken_M = ~embeddings_MD.isfinite().all(dim=1).cpu().numpy()
         broken_B = broken_M[[query_at[query_id] for query_id in lists.query_ids]]
         broken_B |= broken_M[len(queries) :][unique.index_BK].any(axis=1)
-        at_fault = np.flatnonzero(broken_B) if broken_B.any() else range(len(broken_B))
-        raise NotFinite("loss", [lists.query_ids[b] for b in at_fault])
+        broken_B |= ~np.isfinite(lists.teacher_BK).all(axis=1)
+        at_fault = [lists.query_ids[b] for b in np.flatnonzero(broken_B)]
+        raise NotFinite("loss", at_fault) if at_fault else NotFinite("loss of a batch", lists.query_ids)
     backward(gradient_MD.to(embeddings_MD.dtype))
     return {
         **values,

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.batching import cut_chunks
@@ -229,9 +230,13 @@ class Student:
         return features
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """The student's precision. One around several ``embed`` casts each weight once for all of them."""
+        """The student's precision. One around several ``embed`` casts each weight once for all of them.
+
+        Not those of a sharded student: each layer's are gathered for its own time, and casts would stay.
+        """
         if self.precision == "bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
+            sharded = isinstance(self.model, FSDPModule)
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not sharded)
         return contextlib.nullcontext()
 
 
@@ -280,7 +285,8 @@ def probe_precision(device: str | None = None) -> str:
 
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if target.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        # emulated, as on GPUs before Ampere, it is slower than float32
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     layer = torch.nn.Linear(384, 1536)
     inputs = torch.randn(2048, 384)
     seconds: dict[str, float] = {}

@@ -161,6 +161,7 @@ class Trial:
     queries: str = ""
     seconds: float = 0.0
     error: str = ""
+    trained: str = ""  # the fingerprint of its (first) training; none where the gate did not pass
     # of its stages that call a model, by fingerprint: [stage, rows, rows that this trial made]
     calls: dict[str, list[Any]] = field(default_factory=dict)
 

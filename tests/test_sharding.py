@@ -65,6 +65,12 @@ def _rank(rank, model, words, folder):
         _, student = _fit(model, words, folder / "lora", sharded=True, lora=True)
         found["lora"] = {name: p.full_tensor().detach() for name, p in student.model.named_parameters()}
     found["chunks"] = shares
+    for key, is_sharded in (("whole", False), ("sharded", True)):
+        half = Student(model, precision="bfloat16", device="cpu")
+        if is_sharded:
+            shard(half, torch.device("cpu"))
+        with half.autocast():
+            found[f"casts kept, {key}"] = torch.is_autocast_cache_enabled()
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -115,6 +121,11 @@ def test_each_rank_holds_its_share(ranks, one):
     numbers = sum(weight.numel() for weight in one[1].values())
     shares = [rank["share"] for rank in ranks]
     assert sum(shares) == numbers and max(shares) < 0.6 * numbers
+
+
+def test_casts_of_gathered_weights_are_not_kept(ranks):
+    """They would be, of every layer, for as long as the pass over all chunks lasts."""
+    assert [(rank["casts kept, whole"], rank["casts kept, sharded"]) for rank in ranks] == [(True, False)] * 2
 
 
 def test_a_sharded_run_resumes_to_the_same_bits(ranks):

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,10 @@ def run(context: Context) -> Location:
     """
     config = context.config
     torch.set_num_threads(context.profile.threads)
+    if (
+        context.profile.device == "cuda" and not torch.cuda.is_available()
+    ):  # the driver's machine may have none
+        context = replace(context, profile=replace(context.profile, device="cpu"))
     student = Student(**student_arguments(context))
     backbone = student.model[0].auto_model
     if not moe_layers(backbone):

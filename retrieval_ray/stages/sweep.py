@@ -26,7 +26,7 @@ from retrieval_ray.stages import cluster
 from retrieval_ray.stages.claims import Claims, Owners
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.job import explain
-from retrieval_ray.stages.trial import Plan, result_of
+from retrieval_ray.stages.trial import Plan, result_of, training_of
 from retrieval_ray.sweeps import Choices, Point, Range, Space, Trial
 
 _ROW = ("epoch", "step", "dev_ndcg@10", "teacher_ndcg@10", "dev_kl", "gain")  # of what a trial reports
@@ -55,7 +55,7 @@ def run(context: Context, space: Space) -> list[Trial]:
     """Run every trial that is not done yet; returns them all, also those that failed or were stopped."""
     config, folder = context.config, Location.of(context.config.output_dir) / "trials"
     all_plans = plans(config, space)
-    known = _known(config, space, folder)
+    known = _known(context, space, folder)
     left = [plan for plan in all_plans if plan.name not in known]
     count = len(left) if all_plans else max(0, config.sweep.samples - len(known))
     say(f"sweep: {count} trials to run" + (f", {len(known)} done already" if known else ""))
@@ -68,7 +68,7 @@ def run(context: Context, space: Space) -> list[Trial]:
     failed: list[Trial] = []
     if count:
         failed = _tuned(context, space, folder, left, list(known.values()), count)
-        known = _known(config, space, folder)
+        known = _known(context, space, folder)
     order = {plan.name: n for n, plan in enumerate(all_plans)}
     if lost := order.keys() - known.keys() - {trial.name for trial in failed}:
         raise UserError(f"sweep: {len(lost)} trials came to no end; run the same command again")
@@ -76,8 +76,11 @@ def run(context: Context, space: Space) -> list[Trial]:
     return sorted([*done, *failed], key=lambda trial: order.get(trial.name, 0))
 
 
-def _known(config: Config, space: Space, folder: Location) -> dict[str, Trial]:
-    """Results that lie in the folder, by name, but for those of another config or space."""
+def _known(context: Context, space: Space, folder: Location) -> dict[str, Trial]:
+    """Results that lie in the folder, by name, but for those of another config or space.
+
+    And of other data, weights or code: what the trial would train by now is what it trained.
+    """
     found = {}
     for name in folder.names() if folder.exists() else []:
         if name.startswith("."):  # what a kill left half written
@@ -86,10 +89,10 @@ def _known(config: Config, space: Space, folder: Location) -> dict[str, Trial]:
         if not sweeps.holds(space, trial.point):
             continue
         try:
-            plan = Plan.of(config, space, trial.point, trial.seed)
+            plan = Plan.of(context.config, space, trial.point, trial.seed)
         except UserError:
             continue
-        if plan.name == trial.name:
+        if plan.name == trial.name and training_of(replace(context, config=plan.config)) == trial.trained:
             found[trial.name] = trial
     return found
 
@@ -106,7 +109,7 @@ def _tuned(
         TUNE_DISABLE_SIGINT_HANDLER="1",  # it would go on with what is there as if that were all
     )
     owners = Owners.remote()  # type: ignore[attr-defined]
-    watch = _Watch(config, space, folder, owners, count)
+    watch = _Watch(context, space, folder, owners, count)
     scheduler = None
     if how.asha_epochs is not None:
         scheduler = tune.schedulers.ASHAScheduler(
@@ -231,12 +234,17 @@ def _with_start(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 class _Watch(tune.Callback):  # type: ignore[misc]
     """Says how trials go, gives back what an ended one held, and writes down those that ASHA stopped."""
 
-    def __init__(self, config: Config, space: Space, folder: Location, owners: Any, count: int) -> None:
-        self.config, self.space, self.folder, self.owners, self.count = config, space, folder, owners, count
+    def __init__(self, context: Context, space: Space, folder: Location, owners: Any, count: int) -> None:
+        self.context, self.config, self.space = context, context.config, space
+        self.folder, self.owners, self.count = folder, owners, count
         self.rows: dict[str, list[dict[str, float]]] = defaultdict(list)
         self.ended = 0
+        self.asked_at = 0.0
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self.asked_at < 1:  # Tune comes by many times a second
+            return
+        self.asked_at = time.monotonic()
         for line in ray.get(self.owners.told.remote()):
             say(line)
 
@@ -259,7 +267,8 @@ class _Watch(tune.Callback):  # type: ignore[misc]
             history = _with_start(rows)
             stopped = Trial(plan.name, plan.point, plan.seed, "stopped", best["gain"], int(best["epoch"]))
             name = measure(history[0]) if history else ""
-            record.write_json(asdict(replace(stopped, history=history, measure=name)))
+            begun = training_of(replace(self.context, config=plan.config)) or ""
+            record.write_json(asdict(replace(stopped, history=history, measure=name, trained=begun)))
         self._end(trial, f"{plan.label()}: {record.read_json()['status']}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -25,11 +25,19 @@ from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import student_identity
 from retrieval_ray.stages.judges import Judge
 from retrieval_ray.stages.lists import calibrated, lists_of
-from retrieval_ray.stages.trainer import advance, facts_of, lora_of, remove_traces, snapshot, step_bar
+from retrieval_ray.stages.trainer import (
+    advance,
+    facts_of,
+    lora_of,
+    remove_traces,
+    snapshot,
+    step_bar,
+    training_workers,
+)
 from retrieval_ray.step import Lists
 from retrieval_ray.student import default_chunk_tokens
 
-VERSION = 9
+VERSION = 10
 _NOT_IN_IDENTITY = ("checkpoint_minutes", "activation_gib", "rounds", "seed")
 
 
@@ -139,7 +147,9 @@ def _beside(work: Callable[[], list[Grouped]]) -> "Future[list[Grouped]]":
 
 def _world(context: Context) -> int | str:
     """The number of workers decides the last bits of sums; an elastic run gives up that promise."""
-    return context.profile.workers if context.config.compute.min_workers is None else "elastic"
+    if context.config.compute.min_workers is not None:
+        return "elastic"
+    return training_workers(context.profile.workers, context.worker_resources()["num_gpus"])
 
 
 def _read_by_training(corpus: Grouped) -> list[str]:
@@ -163,10 +173,12 @@ def _files(folder: Location, prefix: str = "") -> list[str]:
 def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> Settings:
     train = context.config.train
     sizes = [len(part.query_ids) for part in lists]
-    batch = batch_size(sizes, train.batch_queries)
+    # of a share of the lists no smaller batches are made: they would be steps of another kind
+    all_sizes = [round(size / train.share) for size in sizes]
+    batch = batch_size(all_sizes, train.batch_queries)
     if batch < train.batch_queries:
         say(
-            f"  warning: {sum(sizes)} training queries are fewer than {LEAST_STEPS} batches of "
+            f"  warning: {sum(all_sizes)} training queries are fewer than {LEAST_STEPS} batches of "
             f"{train.batch_queries}; batches of {batch} are used"
         )
     for corpus, size in zip(corpora, sizes, strict=True):

@@ -1,5 +1,6 @@
 """Runs ``fit`` on the workers of a Ray ``TorchTrainer``, to a pause or to the end."""
 
+import math
 import tempfile
 import threading
 from collections import defaultdict
@@ -17,6 +18,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from retrieval_ray.artifacts import Location
 from retrieval_ray.checkpoints import load_weights, newest
 from retrieval_ray.config import MoeConfig
+from retrieval_ray.errors import TrainingStopped
 from retrieval_ray.experts import prepare
 from retrieval_ray.fit import Settings, fit
 from retrieval_ray.lora import add_lora
@@ -46,12 +48,15 @@ def advance(
     """Train from the folder's checkpoint to step ``until``, None: to the end; returns whether it ended.
 
     At the end ``candidate/`` and, last, ``fit.json`` are in the folder; at a pause the student as it is
-    then, for ``snapshot``. What is there already is not done again.
+    then, for ``snapshot``. What is there already is not done again. Raises ``TrainingStopped`` where steps
+    are not finite.
     """
     if until is not None and (folder / _snapshot_facts(until)).exists():
         return False
     if not (folder / _FACTS).exists():
-        _trainer(context, corpora, settings, folder, bar, until).fit()
+        stopped = _trainer(context, corpora, settings, folder, bar, until).fit().return_value
+        if stopped is not None:
+            raise TrainingStopped(stopped)
     return (folder / _FACTS).exists()
 
 
@@ -99,8 +104,9 @@ def _trainer(
     compute = context.config.compute
     resources: dict[str, float] = {"CPU": compute.cpus_per_worker}
     gpus = context.worker_resources()["num_gpus"]
+    workers, at_least = (training_workers(n, gpus) for n in (compute.workers, compute.fewest_workers()))
     if gpus:
-        resources["GPU"] = gpus
+        resources["GPU"] = math.ceil(gpus)
     return TorchTrainer(
         _train_worker,
         train_loop_config={
@@ -119,9 +125,7 @@ def _trainer(
             "bar": bar,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=compute.workers
-            if compute.min_workers is None
-            else (compute.min_workers, compute.workers),
+            num_workers=workers if compute.min_workers is None else (at_least, workers),
             use_gpu=bool(gpus),
             resources_per_worker=resources,
         ),
@@ -137,6 +141,11 @@ def _trainer(
     )
 
 
+def training_workers(workers: int, gpus: float) -> int:
+    """Ranks of training: a GPU holds one (NCCL refuses a second), however many workers share it elsewhere."""
+    return max(1, int(workers * gpus)) if 0 < gpus < 1 else workers
+
+
 def _layout(moe: MoeConfig) -> Layout | None:
     """The experts to add; None: none."""
     if not moe.experts:
@@ -145,8 +154,19 @@ def _layout(moe: MoeConfig) -> Layout | None:
     return Layout(moe.experts, moe.top_k, moe.router, moe.where, layers)
 
 
-def _train_worker(config: dict[str, Any]) -> None:
-    """Runs on each worker of the TorchTrainer."""
+def _train_worker(config: dict[str, Any]) -> str | None:
+    """Runs on each worker of the TorchTrainer; returns why training stopped, where it would do so again.
+
+    As an error that would be tried again, from a checkpoint before it.
+    """
+    try:
+        _train(config)
+    except TrainingStopped as error:
+        return str(error)
+    return None
+
+
+def _train(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     rank = ray.train.get_context().get_world_rank()
     student, merge = _student(config)

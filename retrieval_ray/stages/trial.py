@@ -9,16 +9,18 @@ from retrieval_ray import sweeps
 from retrieval_ray.artifacts import Stage, digest
 from retrieval_ray.config import Config, to_dict
 from retrieval_ray.config_file import with_values
+from retrieval_ray.progress import heard_by
 from retrieval_ray.selection import chosen, gain, measure
 from retrieval_ray.stages import pipeline
 from retrieval_ray.stages.collection import Grouped
-from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.context import Context, WouldRun
 from retrieval_ray.stages.lists import lists_of
 from retrieval_ray.stages.queries import qrels_of
 from retrieval_ray.sweeps import Point, Space, Trial
 
 _CALLING = ("generate", "score")  # stages that ask an LLM or a teacher
 _NO_MODEL = ("bm25", "dense")  # teachers that only look up what retrieval found
+_TRAINING = "train"
 _EXECUTION = ("output_dir", "store", "compute", "sweep")
 
 
@@ -55,6 +57,7 @@ def result_of(context: Context, plan: Plan) -> tuple[Trial, bool]:
     assert grouped is not None
     rounds = pipeline.trained(context, grouped)
     trial = Trial(plan.name, plan.point, plan.seed, "untrained", gain=0.0, calls=_calls(context))
+    trial = replace(trial, trained=_training(context) or "")
     if not rounds:
         return trial, False
     fits = [(each.folder / "fit.json").read_json() for each in rounds]
@@ -70,6 +73,28 @@ def result_of(context: Context, plan: Plan) -> tuple[Trial, bool]:
         queries=_measured_on(grouped),
     )
     return trial, rounds[-1].fingerprint in context.started
+
+
+def training_of(context: Context) -> str | None:
+    """Which (first) training the context's config leads to with what the store holds; nothing is run.
+
+    Empty where the teacher's gate lets none begin; None where that cannot be told yet.
+    """
+    walk = replace(context, dry_run=True, quiet=True, planned=[], started={}, touched={})
+    with heard_by(lambda line: None):
+        try:
+            grouped = pipeline.lists(walk)
+            assert grouped is not None
+            pipeline.trained(walk, grouped)
+        except WouldRun:
+            return _training(walk)
+    return _training(walk) or ""
+
+
+def _training(context: Context) -> str | None:
+    """The fingerprint of the first training that was asked for."""
+    asked = (key for key, stage in context.touched.items() if stage.name == _TRAINING)
+    return next(asked, None)
 
 
 def _gain(fit: dict[str, Any]) -> float:

@@ -15,10 +15,12 @@ import pytest
 import ray
 from omegaconf import OmegaConf
 
+from retrieval_ray.artifacts import Location
 from retrieval_ray.config_file import load
 from retrieval_ray.errors import UserError
 from retrieval_ray.stages import job
 from retrieval_ray.stages.claims import Claims, Owners
+from retrieval_ray.stages.sweep import _known as known_trials
 from retrieval_ray.stages.sweep import plans as plans_of
 from retrieval_ray.sweeps import space_of
 
@@ -126,6 +128,23 @@ def test_a_finished_sweep_runs_no_trial_again(swept: Path, settings: list[str], 
     sweep(settings)
     assert "sweep: 0 trials to run, 3 done already" in capfd.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in (swept / "store").glob("*/manifest.json")}
+
+
+def test_a_trial_of_other_data_is_run_anew(swept: Path, settings: list[str]) -> None:
+    """What it would train on by now is not what it was trained on."""
+    config = load(settings[0], settings[1:])
+    context = job.open_run(config, dry_run=True)
+    space, folder = space_of(config.sweep.space), Location.of(str(swept / "trials"))
+    assert len(known_trials(context, space, folder)) == 3
+    groups = next(path for path in (swept / "store").glob("groups-*/manifest.json"))
+    written = groups.read_text()
+    try:
+        groups.write_text(json.dumps(json.loads(written) | {"content": "other"}))
+        left = known_trials(context, space, folder)
+    finally:
+        groups.write_text(written)
+    assert 0 < len(left) < 3
+    assert len(known_trials(context, space, folder)) == 3
 
 
 def test_a_failed_trial_stops_no_other(

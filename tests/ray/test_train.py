@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import ray.train
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, stage
 from retrieval_ray.config import Config, DatasetConfig
+from retrieval_ray.errors import TrainingStopped
 from retrieval_ray.sources import Source
 from retrieval_ray.stages import ingest, lists, train, trainer
 from retrieval_ray.stages.context import Context
@@ -33,6 +35,40 @@ def test_a_ray_without_notices_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> 
 
 def _lists(size: int) -> Lists:
     return Lists([f"q{n}" for n in range(size)], [["p"]] * size, np.zeros((size, 1)), [[]] * size)
+
+
+def test_a_gpu_holds_one_rank_of_training() -> None:
+    """NCCL refuses two, also where workers share GPUs to encode and to score."""
+    asked = [(8, 0.0), (8, 1.0), (8, 0.5), (1, 0.25), (8, 2.0)]
+    assert [trainer.training_workers(*each) for each in asked] == [8, 8, 4, 1, 8]
+
+
+def test_what_would_stop_training_again_is_no_failure_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray tries a worker's errors again; this one is a result, and an error for the driver."""
+
+    def stopped(*given: object) -> None:
+        raise TrainingStopped("3 steps of 4 were not finite")
+
+    monkeypatch.setattr(trainer, "_train", stopped)
+    assert trainer._train_worker({}) == "3 steps of 4 were not finite"
+
+
+def test_a_trainings_end_that_is_final_reaches_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = SimpleNamespace(fit=lambda: SimpleNamespace(return_value="3 steps of 4 were not finite"))
+    monkeypatch.setattr(trainer, "_trainer", lambda *given: done)
+    given: list[Any] = [None, [], None, Location.of(str(tmp_path)), None, None]
+    with pytest.raises(TrainingStopped, match="3 steps of 4"):
+        trainer.advance(*given)
+
+
+def test_of_a_share_of_the_lists_no_smaller_batches_are_made(tmp_path: Path) -> None:
+    config = Config()
+    config.train.student_temperature, config.train.batch_queries, config.train.share = 0.1, 48, 0.1
+    context = Context(config, Location.of(str(tmp_path)), Profile("float32", "cpu", 1, 1024, 1))
+    corpora: list[Any] = [SimpleNamespace(name="c")]
+    assert train._settings(context, corpora, [_lists(135)]).batch_queries == 48
 
 
 @pytest.mark.parametrize(
