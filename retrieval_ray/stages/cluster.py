@@ -55,7 +55,7 @@ def connect(compute: ComputeConfig, *, dashboard: bool = False) -> None:
 
 
 def beside_me() -> NodeAffinitySchedulingStrategy:
-    """Where a small actor belongs that a whole job hangs on: a node that is lost takes the job along anyway."""
+    """On this process's node, which is lost with it: for small actors that a whole job hangs on."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 

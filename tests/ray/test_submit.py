@@ -51,7 +51,7 @@ def dashboard(base: Path, python: Path) -> Iterator[nodes.Dashboard]:
     nodes.make_token(base / "home")
     told = nodes.environment(base / "home", python, OPENAI_API_KEY=KEY)
     port, web = nodes.free_port(), nodes.free_port()
-    here = ("--node-ip-address=127.0.0.1", f"--temp-dir={base / 'ray'}", "--object-store-memory=200000000")
+    here = ("--node-ip-address=127.0.0.1", "--object-store-memory=200000000")
     commands = {
         "head": [
             "--head", f"--port={port}", f"--dashboard-port={web}", "--num-cpus=0", "--resources",
@@ -63,8 +63,9 @@ def dashboard(base: Path, python: Path) -> Iterator[nodes.Dashboard]:
     found = nodes.Dashboard(f"http://127.0.0.1:{web}", told)
     try:
         for count, (name, words) in enumerate(commands.items(), 1):
-            own = f"--dashboard-agent-listen-port={nodes.free_port()}"
-            command = nodes.ray("start", "--block", *words, *here, own, python=python)
+            # A folder each, like machines: two that unpack the same source into one are in each other's way.
+            own = (f"--temp-dir={base / name}", f"--dashboard-agent-listen-port={nodes.free_port()}")
+            command = nodes.ray("start", "--block", *words, *here, *own, python=python)
             started.append(nodes.spawn(command, told, base / f"{name}.log"))
             nodes.wait_for(lambda count=count: len(found.nodes()) == count, f"the {name} is there")  # type: ignore[misc]
         nodes.wait_for(
