@@ -25,7 +25,7 @@ from retrieval_ray.artifacts import Location
 
 from . import nodes
 from .conftest import write_collection
-from .hosts import US, Host, Network
+from .hosts import SUBNET, US, Host, Network
 
 pytestmark = [
     pytest.mark.ray,
@@ -38,7 +38,7 @@ pytestmark = [
         reason="needs Linux, root, iproute2 and util-linux",
     ),
 ]
-PASSAGES, QUERIES = 3_000, 96
+PASSAGES, QUERIES = 16_600, 96  # more passages than the driver searches and looks up by itself
 # What shows that a stage is under way: a line that the job says, or a file in a folder without a manifest.
 MOMENTS = [
     "line corpus 'words'",
@@ -57,8 +57,6 @@ PATIENCE = {
     "RAY_grpc_client_keepalive_time_ms": "5000",
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
 }
-
-
 KEYS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "not-a-secret"}
 
 
@@ -67,10 +65,10 @@ class Cluster:
 
     def __init__(self, base: Path, corpus: Path, endpoint: str) -> None:
         self.base, self.corpus, self.endpoint = base, corpus, endpoint
-        self.network = Network(base)
         self.python = nodes.image(base / "image")
         (base / "home").mkdir()
         nodes.make_token(base / "home")
+        self.network = Network(base)
         token = (base / "home" / ".ray" / "auth_token").read_text()
         own = self.network.own
         self.environment = nodes.environment(
@@ -78,13 +76,19 @@ class Cluster:
             RAY_TMPDIR=str(own / "tmp"), AWS_ENDPOINT_URL=endpoint, **KEYS, **PATIENCE,
         )  # fmt: skip
         self.running: dict[Host, subprocess.Popen[bytes]] = {}
+        user = nodes.environment(base / "home", self.python)
+        self.dashboard = nodes.Dashboard(f"http://{SUBNET}.1:8265", user)
+
+    def start(self) -> None:
+        """The head and two hosts that work."""
         self.head = self._start(
             "--head", "--num-cpus=0", "--resources", '{"driver_node": 1}', "--dashboard-host=0.0.0.0",
-            f"--temp-dir={own / 'ray'}",
+            f"--temp-dir={self.network.own / 'ray'}",
         )  # fmt: skip
-        user = nodes.environment(base / "home", self.python)
-        self.dashboard = nodes.Dashboard(f"http://{self.head.address}:8265", user)
-        nodes.wait_for(lambda: len(self.dashboard.nodes()) == 1, "the head is there")
+        nodes.wait_for(lambda: len(self.alive()) == 1, "the head is there")
+        self.add()
+        self.add()
+        nodes.wait_for(lambda: len(self.alive()) == 3, "three nodes are there")
 
     def _start(self, *words: str, hidden: Path | None = None) -> Host:
         host = self.network.add()
@@ -150,12 +154,10 @@ def cluster(base: Path, corpus: Path, student_folder: str) -> Iterator[Cluster]:
         for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
             patch.setenv(name, value)
         try:
-            nodes.wait_for(lambda: _make_bucket(), "the S3 server answers")
+            nodes.wait_for(_make_bucket, "the S3 server answers")
             Location.of(student_folder).copy_to(Location.of("s3://lake/student"))
             found = Cluster(base, corpus, endpoint)
-            found.add()
-            found.add()
-            nodes.wait_for(lambda: len(found.alive()) == 3, "three nodes are there")  # type: ignore[union-attr]
+            found.start()
             yield found
         finally:
             if found:
