@@ -109,6 +109,16 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 180) -
         time.sleep(0.25)
 
 
+def wait_for_node(condition: Callable[[], object], node: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait for what a node does that is starting; says why where it ended instead."""
+
+    def holds() -> object:
+        assert node.poll() is None, log.read_text()[-3000:]
+        return condition()
+
+    wait_for(holds, log.stem)
+
+
 @dataclass(frozen=True)
 class Dashboard:
     """Where jobs are submitted, and as whom."""

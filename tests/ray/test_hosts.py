@@ -85,7 +85,8 @@ class Cluster:
             "--head", "--num-cpus=0", "--resources", '{"driver_node": 1}', "--dashboard-host=0.0.0.0",
             f"--temp-dir={self.network.own / 'ray'}",
         )  # fmt: skip
-        nodes.wait_for(lambda: len(self.alive()) == 1, "the head is there")
+        log = self.base / f"{self.head.name}.log"
+        nodes.wait_for_node(lambda: len(self.alive()) == 1, self.running[self.head], log)
         self.add()
         self.add()
         nodes.wait_for(lambda: len(self.alive()) == 3, "three nodes are there")

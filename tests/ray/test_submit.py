@@ -66,11 +66,10 @@ def dashboard(base: Path, python: Path) -> Iterator[nodes.Dashboard]:
             # A folder each, like machines: two that unpack the same source into one are in each other's way.
             own = (f"--temp-dir={base / name}", f"--dashboard-agent-listen-port={nodes.free_port()}")
             command = nodes.ray("start", "--block", *words, *here, *own, python=python)
-            started.append(nodes.spawn(command, told, base / f"{name}.log"))
-            nodes.wait_for(lambda count=count: len(found.nodes()) == count, f"the {name} is there")  # type: ignore[misc]
-        nodes.wait_for(
-            lambda: "Ray runtime started" in (base / "worker.log").read_text(), "Ray's own services"
-        )
+            log = base / f"{name}.log"
+            started.append(nodes.spawn(command, told, log))
+            nodes.wait_for_node(lambda count=count: len(found.nodes()) == count, started[-1], log)  # type: ignore[misc]
+        nodes.wait_for_node(lambda: "Ray runtime started" in log.read_text(), started[-1], log)
         yield found
     finally:
         for process in reversed(started):
