@@ -152,9 +152,11 @@ def test_what_travels_with_a_submitted_job(tmp_path: Path) -> None:
         include_gitignore=True,
         excludes=constants.get_runtime_env_default_excludes(),
     )
-    sent = set(zipfile.ZipFile(package).namelist())
+    files = {info.filename: info.file_size for info in zipfile.ZipFile(package).infolist()}
+    sent = {name for name in files if not name.endswith("/")}
     assert {name.partition("/")[0] for name in sent} == {"jobs", "configs", "retrieval_ray"}
-    assert package.stat().st_size < 3 * MIB
+    assert {Path(name).suffix for name in sent} == {".py", ".yaml", ".jsonl", ".tsv", ".typed"}
+    assert len(sent) < 300 and max(files.values()) < MIB / 4 and package.stat().st_size < 3 * MIB
     tracked = subprocess.run(
         ["git", "ls-files", "jobs", "configs", "retrieval_ray"], cwd=ROOT, capture_output=True, text=True
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from omegaconf import OmegaConf
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from retrieval_ray.config import ComputeConfig
 from retrieval_ray.doctor import Pool
@@ -51,6 +52,11 @@ def connect(compute: ComputeConfig, *, dashboard: bool = False) -> None:
             log_to_driver=False,
             logging_level="error",
         )
+
+
+def beside_me() -> NodeAffinitySchedulingStrategy:
+    """On this process's node, which is lost with it: for small actors that a whole job hangs on."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def gpus_per_worker(compute: ComputeConfig) -> float:

@@ -54,6 +54,8 @@ def _probe(workers: int) -> dict[str, Any]:
 
 
 def _probe_worker(compute: ComputeConfig) -> dict[str, Any]:
-    task = ray.remote(num_cpus=compute.cpus_per_worker, num_gpus=gpus_per_worker(compute))(_probe)
+    gpus = gpus_per_worker(compute)
+    say(f"asking the cluster for a worker of {compute.cpus_per_worker} CPU, {gpus:g} GPU")
+    task = ray.remote(num_cpus=compute.cpus_per_worker, num_gpus=gpus)(_probe)
     found: dict[str, Any] = ray.get(task.remote(1))
     return found | {"threads": compute.cpus_per_worker}  # what Ray set aside for it, not the whole machine

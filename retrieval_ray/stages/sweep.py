@@ -108,7 +108,7 @@ def _tuned(
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         TUNE_DISABLE_SIGINT_HANDLER="1",  # it would go on with what is there as if that were all
     )
-    owners = Owners.remote()  # type: ignore[attr-defined]
+    owners = Owners.options(scheduling_strategy=cluster.beside_me()).remote()  # type: ignore[attr-defined]
     watch = _Watch(context, space, folder, owners, count)
     scheduler = None
     if how.asha_epochs is not None:

@@ -27,6 +27,7 @@ from retrieval_ray.moe import Layout
 from retrieval_ray.progress import progress, say
 from retrieval_ray.selection import gain
 from retrieval_ray.sharding import shard
+from retrieval_ray.stages.cluster import beside_me
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import student_arguments
@@ -274,7 +275,7 @@ class _Bar:
 @contextmanager
 def step_bar(total: int) -> Iterator[Any]:
     """A progress bar fed by rank 0 while ``fit`` blocks the driver."""
-    actor = _Bar.remote()  # type: ignore[attr-defined]
+    actor = _Bar.options(scheduling_strategy=beside_me()).remote()  # type: ignore[attr-defined]
     stop = threading.Event()
     seen: dict[str, int] = defaultdict(int)
 

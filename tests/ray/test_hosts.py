@@ -1,0 +1,262 @@
+"""The whole pipeline on hosts of their own, and in every stage one of them is cut off and another comes.
+
+    sudo .venv/bin/python -m pytest -m hosts -s tests/ray/test_hosts.py
+
+A head that runs no work and two hosts that do, each with room for one worker, so that training always
+crosses the network; a server that speaks S3 holds all that outlives a host. Takes some minutes.
+"""
+
+import fnmatch
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrieval_ray.artifacts import Location
+
+from . import nodes
+from .conftest import write_collection
+from .hosts import SUBNET, US, Host, Network
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.hosts,
+    pytest.mark.chaos,
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"),
+        reason="needs Linux, root, iproute2 and util-linux",
+    ),
+]
+PASSAGES, QUERIES = 16_600, 96  # more passages than the driver searches and looks up by itself
+# What shows that a stage is under way: a line that the job says, or a file in a folder without a manifest.
+MOMENTS = [
+    "line corpus 'words'",
+    "file encode-*/vectors-000000[1-6]*",
+    "line retrieval on",
+    "file score-late-*/scores-*",
+    "line groups of",
+    "file train-*/checkpoint-0000000[3-9]*",
+    "line with the adapted model",
+]
+# A host that falls silent is given up after about forty seconds; one that is only slow must not be.
+PATIENCE = {
+    "RAY_health_check_period_ms": "3000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "5",
+    "RAY_grpc_client_keepalive_time_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
+}
+KEYS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "not-a-secret"}
+
+
+class Cluster:
+    """A Ray cluster on a network: the head, and the hosts that work, oldest first."""
+
+    def __init__(self, base: Path, corpus: Path, endpoint: str) -> None:
+        self.base, self.corpus, self.endpoint = base, corpus, endpoint
+        self.python = nodes.image(base / "image")
+        (base / "home").mkdir()
+        nodes.make_token(base / "home")
+        self.network = Network(base)
+        token = (base / "home" / ".ray" / "auth_token").read_text()
+        own = self.network.own
+        self.environment = nodes.environment(
+            own / "home", self.python, RAY_AUTH_TOKEN=token, TMPDIR=str(own / "tmp"),
+            RAY_TMPDIR=str(own / "tmp"), AWS_ENDPOINT_URL=endpoint, **KEYS, **PATIENCE,
+        )  # fmt: skip
+        self.running: dict[Host, subprocess.Popen[bytes]] = {}
+        user = nodes.environment(base / "home", self.python)
+        self.dashboard = nodes.Dashboard(f"http://{SUBNET}.1:8265", user)
+
+    def start(self) -> None:
+        """The head and two hosts that work."""
+        self.head = self._start(
+            "--head", "--num-cpus=0", "--resources", '{"driver_node": 1}', "--dashboard-host=0.0.0.0",
+            f"--temp-dir={self.network.own / 'ray'}",
+        )  # fmt: skip
+        log = self.base / f"{self.head.name}.log"
+        nodes.wait_for_node(lambda: len(self.alive()) == 1, self.running[self.head], log)
+        self.add()
+        self.add()
+        nodes.wait_for(lambda: len(self.alive()) == 3, "three nodes are there")
+
+    def _start(self, *words: str, hidden: Path | None = None) -> Host:
+        host = self.network.add()
+        told = (f"--node-ip-address={host.address}", "--object-store-memory=200000000", "--block")
+        command = nodes.ray("start", *words, *told, python=self.python)
+        entered = self.network.on(host, command, hidden=hidden)
+        self.running[host] = nodes.spawn(entered, self.environment, self.base / f"{host.name}.log")
+        return host
+
+    def add(self) -> None:
+        """Another host, with room for one worker of two CPUs and for Ray Data; it does not see the corpus."""
+        self._start(f"--address={self.head.address}:6379", "--num-cpus=3", hidden=self.corpus)
+
+    def cut(self) -> Host:
+        """The oldest working host, whose cable is pulled."""
+        host = [host for host in self.running if host != self.head][0]
+        self.network.cut(host)
+        return host
+
+    def alive(self) -> set[str]:
+        return {node["node_ip"] for node in self.dashboard.nodes()}
+
+    def forget(self, host: Host) -> None:
+        """End what runs on a host."""
+        nodes.end(self.running.pop(host))
+
+    def remove(self) -> None:
+        for host in list(self.running)[::-1]:
+            self.forget(host)
+        self.network.remove()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
+    """Passages of a dozen words, and queries of three words of one of them."""
+    folder = tmp_path_factory.mktemp("words", numbered=False)
+    rng = random.Random(5)
+    texts = [" ".join(rng.choices(words, k=12)) for _ in range(PASSAGES)]
+    passages = [(f"p{n}", "", text) for n, text in enumerate(texts)]
+    asked = {f"q{n}": (" ".join(texts[7 * n].split()[2:5]), f"p{7 * n}") for n in range(QUERIES)}
+    write_collection(
+        folder, passages, asked, {"train": range(64), "dev": range(64, 80), "test": range(80, QUERIES)}
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[Path]:
+    """Short: the path of a socket may have 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="rr-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster(base: Path, corpus: Path, student_folder: str) -> Iterator[Cluster]:
+    """Three nodes, the S3 server, and the student in a bucket: no worker sees this machine's folders."""
+    port = nodes.free_port()
+    endpoint = f"http://{US}:{port}"
+    found = None
+    server = [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", str(port)]
+    storage = subprocess.Popen(server, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+            patch.setenv(name, value)
+        try:
+            nodes.wait_for(_make_bucket, "the S3 server answers")
+            Location.of(student_folder).copy_to(Location.of("s3://lake/student"))
+            found = Cluster(base, corpus, endpoint)
+            found.start()
+            yield found
+        finally:
+            if found:
+                found.remove()
+            nodes.end(storage)
+
+
+def _make_bucket() -> bool:
+    Location.of("s3://lake?allow_bucket_creation=true").filesystem.create_dir("lake")
+    return True
+
+
+def job(corpus: Path, output: str) -> list[str]:
+    return [
+        "jobs/adapt.py", "configs/cpu.yaml", f"dataset.path={corpus}",
+        "dataset.dev_split=dev", "queries.log_split=train", "student.model=s3://lake/student",
+        f"output_dir=s3://lake/{output}", "groups.list_size=6", "teacher.depth=20",
+        "train.max_epochs=3", "train.patience=9", "train.batch_queries=8", "train.chunk_tokens=512",
+        "train.checkpoint_minutes=0", "compute.precision=float32", "compute.token_budget=2048",
+        "compute.workers=2", "compute.cpus_per_worker=2", "compute.threads=1",
+        "compute.gpus_per_worker=0",  # this cluster will never have one, however long it is waited for
+        "compute.autoscale=true",  # what is lacking is waited for: another host will come
+    ]  # fmt: skip
+
+
+def contents(output: str) -> dict[str, str]:
+    """What every stage wrote, and the bytes of the model that the run returned."""
+    found = {}
+    for path in _files(output):
+        file = Location.of(f"s3://{path}")
+        if path.endswith("/manifest.json") and "/store/" in path:
+            found[path.split("/")[-2]] = str(file.read_json()["content"])
+        elif path.endswith("model.safetensors") and "/store/" not in path:
+            found[path.removeprefix(f"lake/{output}/")] = hashlib.sha256(file.read()).hexdigest()
+    return found
+
+
+def _files(output: str) -> list[str]:
+    from pyarrow import fs
+
+    lake = Location.of(f"s3://lake/{output}")
+    selector = fs.FileSelector(lake.path, recursive=True, allow_not_found=True)
+    return [str(info.path) for info in lake.filesystem.get_file_info(selector) if info.is_file]
+
+
+def is_there(sign: str, output: str, lines: list[str]) -> bool:
+    how, _, what = sign.partition(" ")
+    if how == "line":
+        return any(what in line for line in lines)
+    files = [path.partition("/store/")[2] for path in _files(output)]
+    done = {path.rpartition("/")[0] for path in files if path.endswith("/manifest.json")}
+    return any(fnmatch.fnmatch(path, what) and path.rpartition("/")[0] not in done for path in files)
+
+
+def metrics(output: str) -> Any:
+    found = Location.of(f"s3://lake/{output}/metrics.json").read_json()
+    del found["seconds"]
+    return found
+
+
+def test_hosts_cut_off_in_every_stage(cluster: Cluster, corpus: Path, base: Path) -> None:
+    """One job, a host lost in each stage: it ends by itself, with the tables of a job that lost none."""
+    process = cluster.dashboard.submit("broken", *job(corpus, "broken"), log=base / "broken.log")
+    lost = []
+    try:
+        for sign in MOMENTS:
+            if not comes(sign, "broken", cluster, process):
+                break
+            begin = time.monotonic()
+            gone = cluster.cut()
+            cluster.add()
+            nodes.wait_for(lambda host=gone: host.address not in cluster.alive(), "the loss is noticed")  # type: ignore[misc]
+            noticed = time.monotonic() - begin
+            cluster.forget(gone)
+            nodes.wait_for(lambda: len(cluster.alive()) == 3, "another host is there", 600)
+            lost.append(sign)
+            replaced = time.monotonic() - begin
+            print(f"{sign}: {gone.name} given up after {noticed:.0f} s, another after {replaced:.0f} s")
+        code = process.wait(timeout=1200)
+    finally:
+        nodes.end(process)
+        said = cluster.dashboard.said("broken")
+        print("\n".join(said))
+    assert code == 0 and not [line for line in said if "Traceback" in line]
+    assert lost == MOMENTS
+
+    code, said = cluster.dashboard.run("whole", *job(corpus, "whole"), log=base / "whole.log")
+    print("\n".join(said))
+    assert code == 0
+    assert contents("broken") == contents("whole")
+    assert metrics("broken") == metrics("whole")
+    assert metrics("whole")["training"] is not None
+
+
+def comes(sign: str, output: str, cluster: Cluster, process: subprocess.Popen[bytes]) -> bool:
+    """Wait until a stage is under way; False if the job ends first."""
+    while not is_there(sign, output, cluster.dashboard.said(output)):
+        if process.poll() is not None:
+            return False
+        time.sleep(0.3)
+    return True
