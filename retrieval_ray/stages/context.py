@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from typing import Any
 
 from retrieval_ray import __version__
 from retrieval_ray.artifacts import Location, Stage
@@ -19,6 +20,10 @@ _RECORDED = (
     "bm25s", "pytrec-eval-terrier",
 )  # fmt: skip
 STAGES = ("corpus", "generate", "queries", "encode", "retrieve", "score", "groups", "train", "evaluate")
+
+
+# Of a config: where and how a run is made and who is told, not what it is.
+EXECUTION_KEYS = ("output_dir", "store", "compute", "tracking")
 
 
 class WouldRun(Exception):
@@ -37,6 +42,9 @@ class Context:
     started: dict[str, float] = field(default_factory=dict)
     touched: dict[str, Stage] = field(default_factory=dict)  # every stage that was asked for, by fingerprint
     claims: Claims | None = None  # of a sweep's trial, which shares its store with others at the same time
+    trial: str | None = None  # what a sweep calls this run
+    telling: dict[str, Any] = field(default_factory=dict)  # see tracking.py: of this process's runs
+    silenced: set[str] = field(default_factory=set)  # trackers that cannot be told
 
     @functools.cached_property
     def student(self) -> Model:

@@ -22,7 +22,7 @@ from retrieval_ray.config import Config
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
 from retrieval_ray.selection import gain, measure
-from retrieval_ray.stages import cluster
+from retrieval_ray.stages import cluster, tracking
 from retrieval_ray.stages.claims import Claims, Owners
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.job import explain
@@ -103,7 +103,7 @@ def _tuned(
         TUNE_DISABLE_SIGINT_HANDLER="1",  # it would go on with what is there as if that were all
     )
     owners = Owners.remote()  # type: ignore[attr-defined]
-    watch = _Watch(config, space, folder, owners, count)
+    watch = _Watch(context, space, folder, owners, count)
     scheduler = None
     if how.asha_epochs is not None:
         scheduler = tune.schedulers.ASHAScheduler(
@@ -144,12 +144,16 @@ def _tuned(
             continue
         message = explain(result.error) or str(result.error).strip().rpartition("\n")[2]
         point, seed = _asked(config, result.config)
+        plan = None
         try:
-            name = Plan.of(config, space, point, seed).name
+            plan = Plan.of(config, space, point, seed)
         except UserError:  # Optuna's point is no config
-            name = digest([point, seed])[:12]
+            pass
+        name = plan.name if plan else digest([point, seed])[:12]
         if not (folder / f"{name}.json").exists():
             failed.append(Trial(name, point, seed, "failed", error=message))
+            if plan:
+                tracking.finish(_own(context, plan), {}, "failed")
     return failed
 
 
@@ -204,14 +208,20 @@ def _trial(given: dict[str, Any], *, context: Context, space: Space, folder: Loc
     """One training, from whatever the store lacks of its stages; runs in a process of Tune's."""
     plan = _plan_of(context.config, space, given)
     claims = Claims(owners, tune.get_context().get_trial_id())
-    own = replace(context, config=plan.config, claims=claims, planned=[], started={}, touched={})
+    own = replace(_own(context, plan), claims=claims)
     started = time.monotonic()
     trial, reported = result_of(own, plan)
     for row in [] if reported else trial.history:
         tune.report({**row, "gain": gain(trial.history, int(row["epoch"]))})  # its training was there already
     trial = replace(trial, seconds=round(time.monotonic() - started, 3))
     (folder / f"{plan.name}.json").write_json(asdict(trial))
+    tracking.finish(own, {"gain": trial.gain, "epoch": float(trial.epoch)})
     tune.report({"gain": trial.gain, "epoch": trial.epoch})
+
+
+def _own(context: Context, plan: Plan) -> Context:
+    """The context of one trial."""
+    return replace(context, config=plan.config, trial=plan.label(), planned=[], started={}, touched={})
 
 
 def _with_start(rows: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -226,8 +236,9 @@ def _with_start(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 class _Watch(tune.Callback):  # type: ignore[misc]
     """Says how trials go, gives back what an ended one held, and writes down those that ASHA stopped."""
 
-    def __init__(self, config: Config, space: Space, folder: Location, owners: Any, count: int) -> None:
-        self.config, self.space, self.folder, self.owners, self.count = config, space, folder, owners, count
+    def __init__(self, context: Context, space: Space, folder: Location, owners: Any, count: int) -> None:
+        self.context, self.config = context, context.config
+        self.space, self.folder, self.owners, self.count = space, folder, owners, count
         self.rows: dict[str, list[dict[str, float]]] = defaultdict(list)
         self.ended = 0
 
@@ -251,6 +262,7 @@ class _Watch(tune.Callback):  # type: ignore[misc]
             stopped = Trial(plan.name, plan.point, plan.seed, "stopped", best["gain"], int(best["epoch"]))
             name = measure(history[0]) if history else ""
             record.write_json(asdict(replace(stopped, history=history, measure=name)))
+            tracking.finish(_own(self.context, plan), {"gain": best["gain"]}, "stopped")
         self._end(trial, f"{plan.label()}: {record.read_json()['status']}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
