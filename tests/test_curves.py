@@ -65,8 +65,14 @@ def test_parameters_are_the_differences_from_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"llm": {"url": "https://me:hunter2@host:8000/v1?key=hunter2"}}, {"llm.url": "https://host:8000/v1"}),
-        ({"teacher": {"members": [{"url": "http://hunter2@h/v1"}]}}, {"teacher.members.0.url": "http://h/v1"}),
+        (
+            {"llm": {"url": "https://me:hunter2@host:8000/v1?key=hunter2"}},
+            {"llm.url": "https://host:8000/v1"},
+        ),
+        (
+            {"teacher": {"members": [{"url": "http://hunter2@h/v1"}]}},
+            {"teacher.members.0.url": "http://h/v1"},
+        ),
         ({"llm": {"body": {"api_key": "hunter2"}}}, {"llm.body.api_key": "(not told)"}),
         ({"llm": {"vllm": {"hf_token": "hunter2"}}}, {"llm.vllm.hf_token": "(not told)"}),
         ({"llm": {"key_variable": "MY_KEY"}}, {"llm.key_variable": "MY_KEY"}),  # where it is, not what

@@ -12,6 +12,7 @@ from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.config import Config, to_dict
 from retrieval_ray.model_files import Model
 from retrieval_ray.progress import say
+from retrieval_ray.stages import meter
 from retrieval_ray.stages.claims import Claims
 from retrieval_ray.stages.profile import Profile
 
@@ -85,15 +86,23 @@ class Context:
         rows: int,
         worked: int | None = None,
         share: float = 1.0,
+        collection: str | None = None,
         **facts: object,
     ) -> None:
         """Write the stage's manifest, with the resolved config, wall time and library versions.
 
         rows: of the stage's table. worked: how many of them this run worked on (None: all of them); their
         rate is the stage's throughput. share: of the time since it started that was this stage's.
+        collection: the stage's rows and rejects are counted on it now (meter.py); None: they were as they
+        were made, or are nobody's.
         """
         seconds = share * (time.monotonic() - self.started[stage.fingerprint])
         worked = rows if worked is None else worked
+        if collection is not None:
+            rejected = facts.get("rejected")
+            meter.count(
+                stage.name, collection, rows=worked, errors=rejected if isinstance(rejected, dict) else None
+            )
         stage.finish(
             parts,
             rows=rows,
