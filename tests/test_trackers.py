@@ -117,7 +117,7 @@ def test_a_server_that_is_not_there_is_given_up_on_soon(monkeypatch: pytest.Monk
 
 
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracker = Wandb("team/project", folder=str(tmp_path), **FACTS)
     run = tracker.run
@@ -132,6 +132,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [values for values in told if "train/step" in values] == train
     assert len(told) == len(WHOLE["train"]) + len(WHOLE["dev"])
     tracker.finish({"test/adapted/ndcg_at_10": 0.5}, "finished")
+    wandb.teardown()  # what is left to write is written
     (folder,) = (tmp_path / "wandb").glob("offline-run-*-a1b2c3d4")
     (written,) = folder.glob("*.wandb")
     content = written.read_bytes()
