@@ -112,6 +112,8 @@ def profile(**values: Any) -> Change:
         (lambda run: run.with_student(Model("/elsewhere", "a" * 64)), set()),
         (profile(workers=4), set()),
         (teacher(depth=60), set()),
+        # nor who is told of it
+        (lambda run: replace(run, config=replace(run.config, tracking=TrackingConfig("uri", "project"))), set()),
     ],
 )  # fmt: skip
 def test_the_models_settings(
