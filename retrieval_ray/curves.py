@@ -1,6 +1,6 @@
 """A training's log as curves, and a run's results as single numbers: what trackers are told.
 
-Names hold no '@', which some trackers refuse: nDCG@10 is ``ndcg_at_10``.
+Names hold letters, digits and `` _-./`` alone, since some trackers refuse others: nDCG@10 is ``ndcg_at_10``.
 """
 
 import re
@@ -13,6 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 _NAMES = {"lr": "learning_rate", "norm": "grad_norm"}
 _NOT_CURVES = ("step", "epoch", "time")
 _SECRET = re.compile(r"(^|_)(key|token|secret|password|authorization)$", re.IGNORECASE)
+_REFUSED = re.compile(r"[^\w\-./ ]")
 _LONGEST = 500  # characters of a parameter: MLflow takes some thousand
 
 
@@ -59,7 +60,7 @@ def curves(
             offset + int(row["step"]),
             times.get(row["step"], first),
             {
-                f"dev/{name.removeprefix('dev_').replace('@', '_at_')}": value
+                f"dev/{_plain(name.removeprefix('dev_'))}": value
                 for name, value in row.items()
                 if name not in _NOT_CURVES
             },
@@ -83,7 +84,7 @@ def results(document: Mapping[str, Any]) -> dict[str, float]:
             found |= {f"{prefix}/{system}/{name}": value for name, value in values.items()}
         for name, difference in corpus["delta"].items():
             found |= {f"{prefix}/delta/{name}": difference["mean"], f"{prefix}/p/{name}": difference["p"]}
-    return {name.replace("@", "_at_"): float(value) for name, value in found.items()}
+    return {_plain(name): float(value) for name, value in found.items()}
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, str]:
@@ -91,7 +92,11 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
 
     A URL loses user, password and query; the text of a key that is named like a secret is not told.
     """
-    return {key: _told(key, value) for key, value in _flat(config, "")}
+    return {_plain(key): _told(key, value) for key, value in _flat(config, "")}
+
+
+def _plain(name: str) -> str:
+    return _REFUSED.sub("_", name.replace("@", "_at_"))
 
 
 def _flat(value: Any, key: str) -> "chain[tuple[str, Any]]":

@@ -54,6 +54,8 @@ def test_results_of_one_corpus_and_of_several() -> None:
     }
     two = results({**one, "datasets": {"a": one, "b": {**one, "dataset": "b"}}})
     assert len(two) == 8 and two["test/b/adapted/ndcg_at_10"] == 0.4
+    (other, *_) = results({**one, "datasets": {"a": {**one, "dataset": "my corpus (v2)"}}})
+    assert other == "test/my corpus _v2_/base/ndcg_at_10"  # names that every tracker takes
 
 
 def test_parameters_are_the_differences_from_the_defaults() -> None:
