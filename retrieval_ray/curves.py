@@ -34,18 +34,18 @@ def curves(
     epochs: Sequence[Mapping[str, float]],
     *,
     learning_rate: float,
-    offset: int = 0,
+    start: int = 0,
 ) -> Curves:
     """The rows of ``steps.jsonl`` and ``epochs.jsonl`` as curves.
 
-    learning_rate: at its peak; the log holds shares of it. offset: steps of the trainings before this one.
+    learning_rate: at its peak; the log holds shares of it. start: the step of the untouched student.
     An epoch's time is that of its last step, and the first one's for the untouched student.
     """
     times = {row["step"]: row["time"] for row in steps}
     first = steps[0]["time"] - steps[0]["seconds"] if steps else 0.0
     train = [
         Row(
-            offset + int(row["step"]),
+            start + int(row["step"]),
             row["time"],
             {
                 f"train/{_NAMES.get(name, name)}": value * (learning_rate if name == "lr" else 1.0)
@@ -57,7 +57,7 @@ def curves(
     ]
     dev = [
         Row(
-            offset + int(row["step"]),
+            start + int(row["step"]),
             times.get(row["step"], first),
             {
                 f"dev/{_plain(name.removeprefix('dev_'))}": value

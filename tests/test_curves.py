@@ -20,7 +20,7 @@ EPOCHS = [
 
 
 def test_curves_are_the_log_by_other_names() -> None:
-    found = curves(LOG, EPOCHS, learning_rate=0.01, offset=10)
+    found = curves(LOG, EPOCHS, learning_rate=0.01, start=10)
     first = {
         "learning_rate": 0.005, "grad_norm": 2.0, "loss": 3.0, "kl": 2.5, "tokens_per_second": 90.0,
         "seconds": 2.0,

@@ -31,23 +31,25 @@ class Telling:
         self.output, self.trial = Location.of(context.config.output_dir), context.trial
         self.learning_rate = context.config.train.learning_rate
         self.makers, self.open, self.silenced = _makers(context), dict[str, Tracker](), context.silenced
-        self.read: dict[str, tuple[list[Any], int]] = {}  # by training: as its log was, and its steps
+        self.read: dict[str, tuple[list[Any], int]] = {}  # by training: as its log was, and where it ended
 
-    def training(self, trained: Stage, number: int, offset: int) -> int:
-        """Tell what is new in the log of a training; returns how many steps it holds."""
+    def training(self, trained: Stage, number: int, start: int) -> int:
+        """Tell what is new in the log of a training from step ``start`` on; returns where the next begins."""
         logs = [trained.folder / f"{name}.jsonl" for name in ("steps", "epochs")]
         state = [log.filesystem.get_file_info(log.path) for log in logs]
-        known, count = self.read.get(trained.fingerprint, (None, 0))
+        known, end = self.read.get(trained.fingerprint, (None, start))
         if state == known:
-            return count
+            return end
         steps, epochs = map(_lines, logs)
-        found = curves(steps, epochs, learning_rate=self.learning_rate, offset=offset)
+        found = curves(steps, epochs, learning_rate=self.learning_rate, start=start)
         round_name = f"{_plain(self.trial)}-round-{number}" if self.trial else f"round-{number}"
         events = self.output / "tensorboard" / f"{round_name}-{trained.fingerprint[:8]}"
         makers = {f"TensorBoard ({events.url})": lambda: TensorBoard(events), **self.makers}
         self._each(makers, lambda tracker: tracker.log(after(found, tracker.last())))
-        self.read[trained.fingerprint] = state, len(steps)
-        return len(steps)
+        # One further: the student that the next round begins with has a place of its own.
+        end = max((row.step + 1 for rows in found.values() for row in rows), default=start)
+        self.read[trained.fingerprint] = state, end
+        return end
 
     def finish(self, values: Mapping[str, float], status: str) -> None:
         """Tell the results, and close what is open."""
@@ -74,11 +76,11 @@ class Telling:
 
 def tell(context: Context) -> None:
     """Tell what is new in the trainings of this run, round by round."""
-    telling, offset = _telling(context), 0
+    telling, start = _telling(context), 0
     trainings = [stage for stage in list(context.touched.values()) if stage.name == "train"]
     for number, trained in enumerate(trainings, start=1):
         try:
-            offset += telling.training(trained, number, offset)
+            start = telling.training(trained, number, start)
         except Exception as error:  # its log cannot be read: no reason to end a run
             telling.silence(f"what {trained.folder.url} says", error)
 
