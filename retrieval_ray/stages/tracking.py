@@ -166,4 +166,4 @@ def _lines(log: Location) -> list[dict[str, float]]:
 
 def _plain(label: str) -> str:
     """A trial's label as the name of a folder."""
-    return "".join(letter if letter.isalnum() or letter in "=.,-_+" else "_" for letter in label)
+    return "".join(letter if letter.isalnum() or letter in "=.,-_+" else "_" for letter in label)[:100]
