@@ -51,7 +51,10 @@ def test_every_stage_counts_what_its_manifest_says(
     ray_local: None, collection: Path, student_folder: str, tmp_path: Path
 ) -> None:
     shutil.copytree(collection, tmp_path / "metered")
-    settings = small_settings(tmp_path / "metered", Path(student_folder), tmp_path / "run")
+    settings = [
+        *small_settings(tmp_path / "metered", Path(student_folder), tmp_path / "run"),
+        "train.max_epochs=1",
+    ]
     context = job.open_run(load(str(ROOT / "configs" / "cpu.yaml"), settings), dry_run=False)
     pipeline.run(context, None)
     expected: Counts = Counter()
