@@ -291,6 +291,14 @@ class ComputeConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Who is told of a run beside TensorBoard, which always is; it changes no result."""
+
+    mlflow: str | None = None  # tracking URI (http://host:5000, a database), or a folder; null: off
+    wandb: str | None = None  # Weights & Biases: PROJECT or ENTITY/PROJECT; null: off
+
+
+@dataclass
 class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     datasets: list[DatasetConfig] = field(default_factory=list)  # several corpora; else `dataset`
@@ -306,6 +314,7 @@ class Config:
     merge: MergeConfig = field(default_factory=MergeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     pairs: str | None = None  # what jobs/score.py judges: a TREC run, or a table as jsonl or parquet
     seed: int = 0
     output_dir: str = "out/run"

@@ -223,6 +223,16 @@ def check(config: Config) -> None:
     )
     need(config.train.seed is None or config.train.seed >= 0, "train.seed: must not be negative")
     need(config.seed >= 0, "seed: must not be negative")
+    for key in ("mlflow", "wandb"):  # and so their packages are named
+        need(
+            getattr(config.tracking, key) is None or importlib.util.find_spec(key) is not None,
+            f"tracking.{key}: needs the package {key}: pip install -c constraints.txt -e '.[tracking]'",
+        )
+    need(
+        not urlsplit(config.tracking.mlflow or "").password,
+        "tracking.mlflow: no password here, it would stand in manifests; put it into the environment "
+        "variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    )
     for number, corpus in enumerate(config.corpora()):
         where = f"datasets[{number}]" if config.datasets else "dataset"
         need(

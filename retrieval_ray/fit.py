@@ -6,7 +6,7 @@ Runs alike on one process or on every rank of a process group; only rank 0 write
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,8 +107,9 @@ def fit(
     ``chosen(progress.history) > 0``.
     until: pause after this step, with a checkpoint, and leave the weights as they are then; the lists'
     passages may be others when training goes on, the queries may not. Where training ends before, it has
-    ended. ``folder / steps.jsonl`` gets a row a step with its terms, its seconds
-    by part and its speed. The routers of a student with experts are jittered and balanced as told.
+    ended. At every checkpoint ``folder / steps.jsonl`` gets a row a step with its terms, its seconds by part
+    and its speed, and ``epochs.jsonl`` the history. The routers of a student with experts are jittered and
+    balanced as told.
     should_checkpoint: asked on every rank after every step, and must answer alike on all; for a machine
     that is about to be taken away.
     A step whose loss or gradient is not finite changes no weight and is counted; raises
@@ -140,7 +141,8 @@ def fit(
         name = f"{progress.step:08d}-{progress.epoch:03d}"
         save_checkpoint(student, optimiser, vars(progress), folder, name)
         if world()[0] == 0:
-            (folder / "steps.jsonl").write(_log(progress))
+            (folder / "steps.jsonl").write(_lines(_steps(progress)))
+            (folder / "epochs.jsonl").write(_lines(progress.history))
         saved_at = time.monotonic()
 
     def finish_epoch() -> None:
@@ -217,6 +219,7 @@ def fit(
         progress.speed.append(
             {
                 "step": float(progress.step),
+                "time": time.time(),
                 "seconds": seconds,
                 **clock.seconds,
                 "tokens_per_second": terms["tokens"] / seconds,
@@ -299,10 +302,15 @@ def _wait_for_rank_zero() -> None:
         dist.barrier()
 
 
-def _log(progress: Progress) -> bytes:
-    """A line of JSON a step, with what it computed and how fast."""
-    rows = zip(progress.steps, progress.speed, strict=True)
-    return "".join(f"{json.dumps({**step, **speed})}\n" for step, speed in rows).encode()
+def _steps(progress: Progress) -> Iterator[Mapping[str, float]]:
+    """A row a step, with what it computed and how fast."""
+    for step, speed in zip(progress.steps, progress.speed, strict=True):
+        yield {**step, **speed}
+
+
+def _lines(rows: Iterable[Mapping[str, float]]) -> bytes:
+    """A line of JSON a row."""
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
 def _take(lists: Lists, indices: Any) -> Lists:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -117,6 +118,9 @@ def test_the_log_has_a_line_of_json_a_step(student_folder, corpus, tmp_path):
     rows = zip(progress.steps, progress.speed, strict=True)
     assert lines == [{**step, **speed} for step, speed in rows]
     assert {"loss", "lr", "norm", "tokens_per_second", "forward", "backward"} <= lines[0].keys()
+    assert lines[0]["time"] < lines[-1]["time"] <= time.time()
+    epochs = [json.loads(line) for line in (tmp_path / "epochs.jsonl").read_text().splitlines()]
+    assert epochs == progress.history
 
 
 NEVER = replace(SETTINGS, checkpoint_seconds=math.inf)

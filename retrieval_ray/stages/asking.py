@@ -11,6 +11,7 @@ from retrieval_ray.contentcache import REPLY, ContentCache
 from retrieval_ray.prompts import Request, Wanted
 from retrieval_ray.replies import Reply
 from retrieval_ray.stages.encode import part_texts
+from retrieval_ray.stages.meter import count
 
 Block = dict[str, Any]  # `number` of a corpus part and some `passages` of it
 
@@ -25,6 +26,7 @@ class Asking:
     generator: str  # everything that decides a reply beside the messages
     wanted: Wanted
     buckets: int
+    collection: str  # what its requests are counted on
 
     def requests(self, block: Block) -> list[tuple[bytes, Request]]:
         """All requests for these passages with their keys, in order."""
@@ -52,13 +54,21 @@ class Asking:
                 failed[reply.query_id] = reply.error or "no reply"
             else:
                 answered.append((key, reply))
+        replied = [reply for _, reply in answered]
+        count(
+            "generate",
+            self.collection,
+            rows=len(replied) + len(failed),
+            tokens={"in": sum(r.tokens_in for r in replied), "out": sum(r.tokens_out for r in replied)},
+            errors={"no_reply": len(failed)},
+        )
         self._cache().write(
             number,
             self.buckets,
             [key for key, _ in answered],
             [
                 {name: getattr(reply, name) for name in ("text", "tokens_in", "tokens_out", "cut")}
-                for _, reply in answered
+                for reply in replied
             ],
         )
         if failed:

@@ -5,12 +5,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from typing import Any
 
 from retrieval_ray import __version__
 from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.config import Config, to_dict
 from retrieval_ray.model_files import Model
 from retrieval_ray.progress import say
+from retrieval_ray.stages import meter
 from retrieval_ray.stages.claims import Claims
 from retrieval_ray.stages.profile import Profile
 
@@ -19,6 +21,10 @@ _RECORDED = (
     "bm25s", "pytrec-eval-terrier",
 )  # fmt: skip
 STAGES = ("corpus", "generate", "queries", "encode", "retrieve", "score", "groups", "train", "evaluate")
+
+
+# Of a config: where and how a run is made and who is told, not what it is.
+EXECUTION_KEYS = ("output_dir", "store", "compute", "tracking")
 
 
 class WouldRun(Exception):
@@ -37,6 +43,9 @@ class Context:
     started: dict[str, float] = field(default_factory=dict)
     touched: dict[str, Stage] = field(default_factory=dict)  # every stage that was asked for, by fingerprint
     claims: Claims | None = None  # of a sweep's trial, which shares its store with others at the same time
+    trial: str | None = None  # what a sweep calls this run
+    telling: dict[str, Any] = field(default_factory=dict)  # see tracking.py: of this process's runs
+    silenced: set[str] = field(default_factory=set)  # trackers that cannot be told
 
     @functools.cached_property
     def student(self) -> Model:
@@ -77,15 +86,23 @@ class Context:
         rows: int,
         worked: int | None = None,
         share: float = 1.0,
+        collection: str | None = None,
         **facts: object,
     ) -> None:
         """Write the stage's manifest, with the resolved config, wall time and library versions.
 
         rows: of the stage's table. worked: how many of them this run worked on (None: all of them); their
         rate is the stage's throughput. share: of the time since it started that was this stage's.
+        collection: the stage's rows and rejects are counted on it now (meter.py); None: they were as they
+        were made, or are nobody's.
         """
         seconds = share * (time.monotonic() - self.started[stage.fingerprint])
         worked = rows if worked is None else worked
+        if collection is not None:
+            rejected = facts.get("rejected")
+            meter.count(
+                stage.name, collection, rows=worked, errors=rejected if isinstance(rejected, dict) else None
+            )
         stage.finish(
             parts,
             rows=rows,

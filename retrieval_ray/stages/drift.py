@@ -59,7 +59,7 @@ def run(context: Context, collection: Collection, trained: Model, evaluated: Sta
         },
     }
     (target.folder / "drift.json").write_json(_rounded(found))
-    context.finish(target, ["drift.json"], rows=len(rows), queries=len(queries))
+    context.finish(target, ["drift.json"], rows=len(rows), queries=len(queries), collection=collection.name)
     return target
 
 

@@ -22,6 +22,7 @@ from retrieval_ray.search import Block
 from retrieval_ray.stages.collection import Collection, Encoded, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import passage_text
+from retrieval_ray.stages.meter import Counted
 from retrieval_ray.stages.parts import run_parts
 from retrieval_ray.student import Role, Student
 from retrieval_ray.tokens import Tokens
@@ -79,6 +80,7 @@ def _both(context: Context, collection: Collection, note: str) -> tuple[Stage, S
             for role, (_, target) in todo.items()
             for numbers in _shares(context, target, _names(todo[role][0]))
         ],
+        counted=Counted("encode", collection.name),
     )
     busy = sum(each["seconds"] for each in facts)
     for role, (texts, target) in todo.items():
@@ -221,7 +223,7 @@ class _Encoder:
         started = time.monotonic()
         role: Role = part["role"]
         texts, target = self.stages[role]
-        numbers, rows = [int(number) for number in part["numbers"]], 0
+        numbers, rows, read = [int(number) for number in part["numbers"]], 0, 0
         with ThreadPoolExecutor(1) as ahead:
             tokenised = ahead.submit(self._tokenised, texts, numbers[0], role)
             for number, following in zip(numbers, [*numbers[1:], None], strict=True):
@@ -234,7 +236,8 @@ class _Encoder:
                 )
                 target.write(part_name("vectors", number, "arrow"), pa.table({"id": ids, "vector": column}))
                 rows += len(ids)
-        return {"role": role, "rows": rows, "seconds": time.monotonic() - started}
+                read += sum(map(len, tokens))
+        return {"role": role, "rows": rows, "tokens": read, "seconds": time.monotonic() - started}
 
     def _tokenised(self, texts: Stage, number: int, role: Role) -> tuple[list[str], list[Tokens]]:
         ids, rows = part_texts(texts, number, role)

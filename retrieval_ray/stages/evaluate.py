@@ -63,6 +63,7 @@ def run(context: Context, grouped: Grouped, adapted: Ranked | None) -> Stage:
         target,
         [*(f"run-{system}.parquet" for system in runs), "evaluation.parquet"],
         rows=len(rows),
+        collection=grouped.name,
         queries=len(qrels),
         exclude_same_id=context.config.evaluate.exclude_same_id,
     )

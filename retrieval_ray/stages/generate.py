@@ -92,7 +92,7 @@ def write(
         return target
     cluster.join(context.config.compute)
     buckets = int(corpus.manifest()["buckets"])
-    asking = Asking(corpus, target, context.store, digest(generator_id), wanted, buckets)
+    asking = Asking(corpus, target, context.store, digest(generator_id), wanted, buckets, name)
     parts = passages()
     names = [part_name("replies", number, "parquet") for number in range(buckets)]
     missing = set(target.missing(names))

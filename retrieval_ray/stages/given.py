@@ -90,6 +90,7 @@ def run(context: Context, *, by_query: bool) -> Stage:
         target,
         [*names, "rejects.parquet"],
         rows=count,
+        collection="pairs",
         buckets=buckets,
         rejected=dict(Counter(reason for _, reason, _ in rejects)),
     )

@@ -80,6 +80,7 @@ def _group(context: Context, judged: Judged) -> Stage:
         target,
         ["groups.parquet", "rejects.parquet", "trust.parquet"],
         rows=len(built),
+        collection=judged.name,
         gate={key: value for key, value in asdict(verdict).items() if key != "by_query"},
         trust=trusted.facts(judged, findings, dev_pools, verdict.weights),
         kept=len(built),

@@ -49,7 +49,7 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:03d}.faiss"
 
 
-def run(context: Context, passages: Stage, label: str) -> tuple[Stage, ivf.Settings] | None:
+def run(context: Context, collection: str, passages: Stage, label: str) -> tuple[Stage, ivf.Settings] | None:
     """Train and fill the index that the config asks for; None where search is exact."""
     config = context.config.retrieve
     if config.index == "exact":
@@ -82,7 +82,12 @@ def run(context: Context, passages: Stage, label: str) -> tuple[Stage, ivf.Setti
     parts = [{"shard": n, "parts": list(shards[n])} for n, name in enumerate(names) if name in missing]
     facts = run_parts(context, f"{label}: filling the index", _Indexer, arguments, parts, gpus=False)
     context.finish(
-        target, [TRAINED, *names], rows=rows, worked=sum(f["rows"] for f in facts), index=asdict(how)
+        target,
+        [TRAINED, *names],
+        rows=rows,
+        worked=sum(f["rows"] for f in facts),
+        collection=collection,
+        index=asdict(how),
     )
     return target, how
 

@@ -113,6 +113,7 @@ def run(context: Context, dataset: DatasetConfig, source: Source) -> Stage:
         target,
         [*names, "rejects.parquet"],
         rows=found.passages,
+        collection=source.name,
         buckets=buckets,
         rejected=dict(Counter(rejects.column("reason").to_pylist())),
     )

@@ -20,11 +20,10 @@ from retrieval_ray.config import Config, to_dict
 from retrieval_ray.config_file import load
 from retrieval_ray.errors import UserError
 from retrieval_ray.stages import cluster
-from retrieval_ray.stages.context import STAGES, Context
+from retrieval_ray.stages.context import EXECUTION_KEYS, STAGES, Context
 from retrieval_ray.stages.profile import Profile, resolve
 
 _RESULTS = ("metrics.json", "scores.json")  # written last by the jobs that have results
-_EXECUTION_KEYS = ("output_dir", "store", "compute")
 _USER_ERROR = re.compile(r"retrieval_ray\.errors\.UserError: (.+)")
 _NO_SPACE = "No space left on device"
 
@@ -82,7 +81,7 @@ def open_run(config: Config, *, profile: Profile | None = None, dry_run: bool) -
     """
     output = _folder("output_dir", config.output_dir, make=not dry_run)
     store = _folder("store", config.store, make=not dry_run) if config.store else output / "store"
-    identity = {k: v for k, v in to_dict(config).items() if k not in _EXECUTION_KEYS}
+    identity = {k: v for k, v in to_dict(config).items() if k not in EXECUTION_KEYS}
     record = output / "run.json"
     known: dict[str, Any] = record.read_json() if record.exists() else {}
     # A run that never finished may be corrected; results are never overwritten by another run's.

@@ -70,7 +70,7 @@ def run(context: Context, collection: Collection, note: str = "") -> Stage:
         [names[name] for name in target.missing(names)],
         light=context.profile.device == "cpu" and context.config.compute.workers == 1,
     )
-    context.finish(target, [_SAMPLE, *names], rows=sum(sizes.values()), **sizes)
+    context.finish(target, [_SAMPLE, *names], rows=sum(sizes.values()), collection=collection.name, **sizes)
     return target
 
 

@@ -72,6 +72,7 @@ def _negatives(context: Context, grouped: Grouped, earlier: Stage | None) -> Sta
         target,
         ["queries.parquet", "rejects.parquet"],
         rows=len(table),
+        collection=grouped.name,
         reused=len(negatives) - len(missing),
         without=len(negatives - rows.keys()),
     )

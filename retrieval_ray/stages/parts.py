@@ -14,6 +14,7 @@ import torch
 from retrieval_ray.artifacts import Stage
 from retrieval_ray.progress import progress
 from retrieval_ray.stages.context import Context
+from retrieval_ray.stages.meter import Counted
 
 _FEW = 40  # parts of about 500 rows
 
@@ -24,18 +25,32 @@ class PartWorker(Protocol):
     def run(self, part: dict[str, Any]) -> dict[str, Any]: ...
 
 
+def _facts(worker: PartWorker, part: dict[str, Any], counted: Counted | None) -> str:
+    """Run one part, and count it; returns its facts as JSON."""
+    facts = worker.run(part)
+    if counted is not None:
+        counted.part(facts)
+    return json.dumps(facts)
+
+
 class _Actor:
     """Adapts a PartWorker to ``map_batches``; parts travel as JSON, so Arrow types cannot drift."""
 
-    def __init__(self, worker: type[PartWorker], arguments: Mapping[str, Any], threads: int) -> None:
-        self._threads = threads
+    def __init__(
+        self,
+        worker: type[PartWorker],
+        arguments: Mapping[str, Any],
+        threads: int,
+        counted: Counted | None,
+    ) -> None:
+        self._threads, self._counted = threads, counted
         torch.set_num_threads(threads)
         self._worker = worker(**arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         # Again: OpenMP keeps the number per thread, and Ray has set OMP_NUM_THREADS to num_cpus.
         torch.set_num_threads(self._threads)
-        return {"facts": [json.dumps(self._worker.run(json.loads(part))) for part in batch["part"]]}
+        return {"facts": [_facts(self._worker, json.loads(part), self._counted) for part in batch["part"]]}
 
 
 def small(corpus: Stage) -> bool:
@@ -52,17 +67,19 @@ def run_parts(
     *,
     gpus: bool = True,
     light: bool = False,
+    counted: Counted | None = None,
 ) -> list[dict[str, Any]]:
     """Run ``worker(**arguments).run(part)`` for each part, on as many actors as there are workers.
 
     gpus: whether a worker takes its share of GPUs, where there are some. light: a part takes a moment and
-    no GPU, so that a few of them are done in this process, sooner than a worker has started. Returns what
-    the parts returned, in no fixed order. Raises what a worker raised.
+    no GPU, so that a few of them are done in this process, sooner than a worker has started. counted: what
+    parts count as, for Prometheus. Returns what the parts returned, in no fixed order. Raises what a worker
+    raised.
     """
     if not parts:
         return []
     if light and len(parts) <= _FEW:
-        return _here(context, worker, arguments, parts)
+        return _here(context, worker, arguments, parts, counted)
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
     settings.execution_no_progress_timeout_s = 24 * 3600  # one part of a slow teacher may take hours
@@ -77,7 +94,7 @@ def run_parts(
         [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)
     ).map_batches(
         _Actor,
-        fn_constructor_args=(worker, dict(arguments), context.profile.threads),
+        fn_constructor_args=(worker, dict(arguments), context.profile.threads, counted),
         batch_size=1,
         compute=pool,
         **(resources if gpus else {**resources, "num_gpus": 0}),
@@ -91,13 +108,17 @@ def run_parts(
 
 
 def _here(
-    context: Context, worker: type[PartWorker], arguments: Mapping[str, Any], parts: Sequence[dict[str, Any]]
+    context: Context,
+    worker: type[PartWorker],
+    arguments: Mapping[str, Any],
+    parts: Sequence[dict[str, Any]],
+    counted: Counted | None,
 ) -> list[dict[str, Any]]:
     """Run the parts in this process, with as many threads as a worker has."""
     before = torch.get_num_threads()
     torch.set_num_threads(context.profile.threads)
     try:
         working = worker(**arguments)
-        return [json.loads(json.dumps(working.run(part))) for part in parts]
+        return [json.loads(_facts(working, part, counted)) for part in parts]
     finally:
         torch.set_num_threads(before)

@@ -78,7 +78,7 @@ def run(context: Context, ranked: Ranked, depth: int, groups: Stage | None = Non
     todo = [{"number": n, "queries": files[n]} for n, name in enumerate(names) if name in missing]
     run_parts(context, label, _Layer, arguments, todo, gpus=False, light=len(todo) == 1)
     rows = sum(pq.read_metadata(_open(target, name)).num_rows for name in names)
-    context.finish(target, [_INDEX, *names], rows=rows)
+    context.finish(target, [_INDEX, *names], rows=rows, collection=ranked.name)
     return target
 
 

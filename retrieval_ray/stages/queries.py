@@ -145,7 +145,7 @@ def _collect(context: Context, source: Source, corpus: Stage, asked: Asked, gene
     train_rows = len(rows)
     for name, split in judged.items():
         rows += [query_row(key, text, "judged", name, None, "human") for key, text in split.texts.items()]
-    write_tables(context, target, rows, judged, rejects_table("queries", rejects), train_rows)
+    write_tables(context, target, rows, judged, rejects_table("queries", rejects), train_rows, source.name)
     return target
 
 
@@ -251,6 +251,7 @@ def write_tables(
     judged: Mapping[str, Judged],
     rejects: pa.Table,
     train_rows: int,
+    collection: str,
 ) -> None:
     """Finish a queries stage: parts by content hash, the judgements of each split, rejects."""
     ids = [str(row["query_id"]) for row in rows]
@@ -275,6 +276,7 @@ def write_tables(
         target,
         [*names, "rejects.parquet"],
         rows=len(rows),
+        collection=collection,
         buckets=buckets,
         train=train_rows,
         rejected=dict(Counter(rejects.column("reason").to_pylist())),

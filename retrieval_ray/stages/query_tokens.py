@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from retrieval_ray.artifacts import Stage, part_name, stage
+from retrieval_ray.stages.collection import Collection
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import part_texts
 from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
@@ -19,8 +20,9 @@ from retrieval_ray.teachers.late import Late
 VERSION = 1
 
 
-def run(context: Context, judge: Judge, queries: Stage) -> Stage:
-    """float16 token vectors of all queries, one Arrow part per part of queries."""
+def run(context: Context, judge: Judge, collection: Collection) -> Stage:
+    """float16 token vectors of all queries of a collection, one Arrow part per part of queries."""
+    queries = collection.queries
     identity = {
         "version": VERSION,
         "queries": queries.content(),
@@ -40,7 +42,7 @@ def run(context: Context, judge: Judge, queries: Stage) -> Stage:
         {"queries": queries, "target": target, "late": arguments_of(context, judge)},
         [{"number": n} for n, name in enumerate(names) if name in missing],
     )
-    context.finish(target, names, rows=int(queries.manifest()["rows"]))
+    context.finish(target, names, rows=int(queries.manifest()["rows"]), collection=collection.name)
     return target
 
 

@@ -108,6 +108,7 @@ def _mine(
         target,
         ["groups.parquet"],
         rows=len(rows),
+        collection=first.name,
         renewed=len(shares),
         kept=dict(kept),
         new_negatives=round(float(np.mean(shares)), 4) if shares else None,

@@ -82,7 +82,7 @@ def judged_queries(context: Context, dataset: DatasetConfig, source: Source, cor
             query_row(key, text, "judged", "train", None, "human") for key, text in sorted(texts.items())
         ]
         kept = {"train": Judged(texts, rows, judged.warnings, judged.rejects)}
-        write_tables(context, target, table, kept, rejects_table("queries", dropped), len(table))
+        write_tables(context, target, table, kept, rejects_table("queries", dropped), len(table), source.name)
     return Collection(source.name, dataset.split, dataset.relevance_threshold, corpus, None, target)
 
 

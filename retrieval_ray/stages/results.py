@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from retrieval_ray import report
+from retrieval_ray import curves, report
 from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.gate import FOLDS
 from retrieval_ray.metrics import METRICS, NO_DIFFERENCE, Difference, holm, mean, paired_difference
 from retrieval_ray.model_card import model_card
-from retrieval_ray.stages import drift, parity
+from retrieval_ray.stages import drift, parity, tracking
 from retrieval_ray.stages.collection import Grouped, Ranked
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.evaluate import trec_lines, values_of
@@ -83,6 +83,7 @@ def write(context: Context, outcomes: list[Outcome], rounds: list[Stage]) -> Loc
     )
     (output / "report.html").write(page.encode())
     (output / "metrics.json").write_json(document)
+    tracking.finish(context, curves.results(document))
     _show(documents)
     return output / "metrics.json"
 

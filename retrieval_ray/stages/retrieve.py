@@ -60,7 +60,7 @@ def _retrieve(
     config = context.config
     searched = list(retrievers) if others is None else ["dense"]
     dense = {name: _vectors(encoded, name) for name in searched if name != "bm25"}
-    made = {name: index.run(context, dense[name][0], f"{label}: {name}") for name in dense}
+    made = {name: index.run(context, encoded.name, dense[name][0], f"{label}: {name}") for name in dense}
     indexes = {name: built for name, built in made.items() if built is not None}
     identity = {
         "version": VERSION,
@@ -139,6 +139,7 @@ def _retrieve(
         names,
         rows=int(encoded.queries.manifest()["rows"]),
         worked=sum(f["queries"] for f in merged),
+        collection=encoded.name,
         buckets=buckets,
         shards=len(shards),
         index={name: asdict(how) | {"recall": recall[name]} for name, (_, how) in indexes.items()},

@@ -24,6 +24,7 @@ from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.given import Given
 from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
 from retrieval_ray.stages.lookup import Bm25Scorer, DenseScorer
+from retrieval_ray.stages.meter import Counted
 from retrieval_ray.stages.parts import PartWorker, run_parts, small
 from retrieval_ray.stages.pool import Pairs
 from retrieval_ray.stages.score_lists import ListScorer, PooledByQuery
@@ -64,22 +65,38 @@ def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None
         }  # fmt: skip
         parts = int(ranked.queries.manifest()["buckets"])
         return score_parts(
-            context, label, Bm25Scorer, arguments, target, teacher, parts, light=small(ranked.corpus)
+            context,
+            label,
+            Bm25Scorer,
+            arguments,
+            target,
+            teacher,
+            parts,
+            ranked.name,
+            light=small(ranked.corpus),
         )
     pairs = pool.run(context, ranked, depth, groups)
     parts = int(ranked.corpus.manifest()["buckets"])
     if judge.kind == "dense":
         arguments = {"teacher_id": teacher, "ranked": ranked, "pairs": pairs, "target": target}
         return score_parts(
-            context, label, DenseScorer, arguments, target, teacher, parts, light=small(ranked.corpus)
+            context,
+            label,
+            DenseScorer,
+            arguments,
+            target,
+            teacher,
+            parts,
+            ranked.name,
+            light=small(ranked.corpus),
         )
     if judge.kind == "listwise":
         lists = PooledByQuery(ranked, pairs, depth, groups)
         parts = int(ranked.queries.manifest()["buckets"])
-        return score_with_model(context, label, judge, teacher, lists, target, parts)
-    tokens = query_tokens.run(context, judge, ranked.queries) if judge.kind == "late" else None
+        return score_with_model(context, label, judge, teacher, lists, target, parts, ranked.name)
+    tokens = query_tokens.run(context, judge, ranked) if judge.kind == "late" else None
     source = Pooled(pairs, ranked.corpus)
-    return score_with_model(context, label, judge, teacher, source, target, parts, tokens)
+    return score_with_model(context, label, judge, teacher, source, target, parts, ranked.name, tokens)
 
 
 def of_pairs(context: Context, judge: Judge, pairs: Stage) -> Stage:
@@ -96,7 +113,7 @@ def of_pairs(context: Context, judge: Judge, pairs: Stage) -> Stage:
     if not context.start(target, label):
         return target
     parts = int(pairs.manifest()["buckets"])
-    return score_with_model(context, label, judge, teacher, Given(pairs), target, parts)
+    return score_with_model(context, label, judge, teacher, Given(pairs), target, parts, "pairs")
 
 
 def gather(output: Location, stages: dict[str, Stage], pairs: list[Stage]) -> dict[str, Any]:
@@ -140,9 +157,13 @@ def score_with_model(
     source: "PairSource",
     target: Stage,
     parts: int,
+    collection: str,
     tokens: Stage | None = None,
 ) -> Stage:
-    """Have a model judge the pairs of ``source``, in so many parts, and finish the stage."""
+    """Have a model judge the pairs of ``source``, in so many parts, and finish the stage.
+
+    collection: what the pairs are counted on.
+    """
     arguments: dict[str, Any] = {
         "teacher_id": teacher,
         "source": source,
@@ -154,10 +175,10 @@ def score_with_model(
     if judge.kind == "listwise":
         windows = {"window": judge.config.window, "stride": judge.config.stride}
         arguments |= {"endpoint": own, **windows}
-        return score_parts(context, label, ListScorer, arguments, target, teacher, parts)
+        return score_parts(context, label, ListScorer, arguments, target, teacher, parts, collection)
     engine = judge.config.engine if judge.config.engine != "transformers" else judge.kind
     arguments |= {"engine": engine, "arguments": own, "tokens": tokens}
-    return score_parts(context, label, Scorer, arguments, target, teacher, parts)
+    return score_parts(context, label, Scorer, arguments, target, teacher, parts, collection)
 
 
 def score_parts(
@@ -168,6 +189,7 @@ def score_parts(
     target: Stage,
     teacher: str,
     parts: int,
+    collection: str,
     *,
     light: bool = False,
 ) -> Stage:
@@ -178,7 +200,8 @@ def score_parts(
     names = [part_name("scores", number, "parquet") for number in range(parts)]
     missing = set(target.missing(names))
     todo = [{"number": n} for n, name in enumerate(names) if name in missing]
-    facts = run_parts(context, label, worker, arguments, todo, light=light)
+    counted = Counted(target.name, collection, rows="judged")
+    facts = run_parts(context, label, worker, arguments, todo, light=light, counted=counted)
     judged, cached = (sum(f[key] for f in facts) for key in ("judged", "cached"))
     there = set(target.folder.names())
     rejects = [name for n in range(parts) if (name := rejects_name(n)) in there]
@@ -273,4 +296,5 @@ class Scorer:
             [(q, p, known[key]) for q, p, key in ids if key in known],
             rejects,
         )
-        return {"judged": len(found), "cached": len(keys) - len(new)}
+        errors = Counter(reason for _, reason, _ in rejects)
+        return {"judged": len(found), "cached": len(keys) - len(new), "errors": errors}

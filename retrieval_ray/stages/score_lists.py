@@ -98,7 +98,8 @@ class ListScorer:
             else:
                 rejects += [(f"{q} {p}", "no_reply", "a window of its pool") for p in ids]
         write_part(self.target, number, self.teacher_id, scored, rejects)
-        return {"judged": judged, "cached": len(scored) - judged}
+        errors = {"no_reply": len(rejects)}
+        return {"judged": judged, "cached": len(scored) - judged, "errors": errors}
 
     def _ask(self, prompts: list[Messages]) -> list[str | None]:
         return asyncio.run(self._replies(prompts))

@@ -22,7 +22,7 @@ from retrieval_ray.config import Config
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import heard_by, say
 from retrieval_ray.selection import gain, measure
-from retrieval_ray.stages import cluster
+from retrieval_ray.stages import cluster, tracking
 from retrieval_ray.stages.claims import Claims, Owners
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.job import explain
@@ -151,12 +151,16 @@ def _tuned(
             continue
         message = explain(result.error) or str(result.error).strip().rpartition("\n")[2]
         point, seed = _asked(config, result.config)
+        plan = None
         try:
-            name = Plan.of(config, space, point, seed).name
+            plan = Plan.of(config, space, point, seed)
         except UserError:  # Optuna's point is no config
-            name = digest([point, seed])[:12]
+            pass
+        name = plan.name if plan else digest([point, seed])[:12]
         if not (folder / f"{name}.json").exists():
             failed.append(Trial(name, point, seed, "failed", error=message))
+            if plan:
+                tracking.finish(_own(context, plan), {}, "failed")
     return failed
 
 
@@ -211,7 +215,7 @@ def _trial(given: dict[str, Any], *, context: Context, space: Space, folder: Loc
     """One training, from whatever the store lacks of its stages; runs in a process of Tune's."""
     plan = _plan_of(context.config, space, given)
     claims = Claims(owners, tune.get_context().get_trial_id())
-    own = replace(context, config=plan.config, claims=claims, quiet=True, planned=[], started={}, touched={})
+    own = replace(_own(context, plan), claims=claims, quiet=True)
     started = time.monotonic()
     with heard_by(lambda line: owners.tell.remote(f"  {plan.label()}: {line}")):
         trial, reported = result_of(own, plan)
@@ -219,7 +223,13 @@ def _trial(given: dict[str, Any], *, context: Context, space: Space, folder: Loc
         tune.report({**row, "gain": gain(trial.history, int(row["epoch"]))})  # its training was there already
     trial = replace(trial, seconds=round(time.monotonic() - started, 3))
     (folder / f"{plan.name}.json").write_json(asdict(trial))
+    tracking.finish(own, {"gain": trial.gain, "epoch": float(trial.epoch)})
     tune.report({"gain": trial.gain, "epoch": trial.epoch})
+
+
+def _own(context: Context, plan: Plan) -> Context:
+    """The context of one trial."""
+    return replace(context, config=plan.config, trial=plan.label(), planned=[], started={}, touched={})
 
 
 def _with_start(rows: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -269,6 +279,7 @@ class _Watch(tune.Callback):  # type: ignore[misc]
             name = measure(history[0]) if history else ""
             begun = training_of(replace(self.context, config=plan.config)) or ""
             record.write_json(asdict(replace(stopped, history=history, measure=name, trained=begun)))
+            tracking.finish(_own(self.context, plan), {"gain": best["gain"]}, "stopped")
         self._end(trial, f"{plan.label()}: {record.read_json()['status']}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -19,7 +19,7 @@ from retrieval_ray.objective import Objective
 from retrieval_ray.progress import say
 from retrieval_ray.schedule import LEAST_STEPS, batch_size
 from retrieval_ray.selection import chosen
-from retrieval_ray.stages import refresh
+from retrieval_ray.stages import refresh, tracking
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import student_identity
@@ -70,7 +70,7 @@ def run(context: Context, corpora: list[Grouped], judges: list[Judge]) -> Stage:
     sizes = [len(part.query_ids) for part in lists]
     per_epoch = len(epoch_batches(sizes, settings.batch_queries, seed=settings.seed, epoch=1))
     total, between = per_epoch * settings.max_epochs, refresh.steps_between(config.train, per_epoch)
-    with step_bar(total) as bar:
+    with step_bar(total) as bar, tracking.following(context):
         train = partial(advance, context, settings=settings, folder=target.folder, bar=bar)
         if between is None:
             train(corpora, until=None)

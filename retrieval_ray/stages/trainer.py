@@ -32,6 +32,7 @@ from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import student_arguments
 from retrieval_ray.stages.lists import data_of
+from retrieval_ray.stages.meter import count
 from retrieval_ray.student import Student
 
 _FACTS = "fit.json"
@@ -174,10 +175,15 @@ def _train(config: dict[str, Any]) -> None:
     if config["shard"]:
         shard(student, ray.train.torch.get_device())
     folder: Location = config["folder"]
+    trained_on = "+".join(corpus.name for corpus in config["corpora"])
 
     def on_step(step: int, total: int, terms: Mapping[str, float]) -> None:
         if rank == 0:
             config["bar"].put.remote(step, f"loss {terms['loss']:.4f}")
+            if "tokens" in terms:
+                count("train", trained_on, rows=1, tokens={"in": int(terms["tokens"])})
+            else:
+                count("train", trained_on, errors={"not_finite": 1})
 
     def on_epoch(history: Sequence[Mapping[str, float]]) -> None:
         row = history[-1]

@@ -13,7 +13,7 @@ from retrieval_ray.progress import heard_by
 from retrieval_ray.selection import chosen, gain, measure
 from retrieval_ray.stages import pipeline
 from retrieval_ray.stages.collection import Grouped
-from retrieval_ray.stages.context import Context, WouldRun
+from retrieval_ray.stages.context import EXECUTION_KEYS, Context, WouldRun
 from retrieval_ray.stages.lists import lists_of
 from retrieval_ray.stages.queries import qrels_of
 from retrieval_ray.sweeps import Point, Space, Trial
@@ -21,7 +21,7 @@ from retrieval_ray.sweeps import Point, Space, Trial
 _CALLING = ("generate", "score")  # stages that ask an LLM or a teacher
 _NO_MODEL = ("bm25", "dense")  # teachers that only look up what retrieval found
 _TRAINING = "train"
-_EXECUTION = ("output_dir", "store", "compute", "sweep")
+_EXECUTION = (*EXECUTION_KEYS, "sweep")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def asking_of(folder: Path) -> tuple[Asking, list[dict[str, object]]]:
     for number, rows in enumerate(parts):
         corpus.write(part_name("corpus", number, "arrow"), schema.from_rows("corpus", rows))
     wanted = Wanted({"question": 1}, read_pool(None, None), None, 4, 0)
-    asking = Asking(corpus, stage(store, "generate", {}), store, "writer", wanted, PARTS)
+    asking = Asking(corpus, stage(store, "generate", {}), store, "writer", wanted, PARTS, "here")
     return asking, [
         {"number": number, "passages": sorted(str(row["passage_id"]) for row in rows)}
         for number, rows in enumerate(parts)

@@ -21,6 +21,7 @@ from retrieval_ray.config import (
     MemberConfig,
     MoeConfig,
     TermsConfig,
+    TrackingConfig,
 )
 from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.errors import UserError
@@ -93,6 +94,10 @@ def teacher(**values: Any) -> Change:
     return lambda run: replace(run, config=replace(run.config, teacher=replace(run.config.teacher, **values)))
 
 
+def tracking(*values: str) -> Change:
+    return lambda run: replace(run, config=replace(run.config, tracking=TrackingConfig(*values)))
+
+
 def profile(**values: Any) -> Change:
     return lambda run: replace(run, profile=replace(run.profile, **values))
 
@@ -112,6 +117,7 @@ def profile(**values: Any) -> Change:
         (lambda run: run.with_student(Model("/elsewhere", "a" * 64)), set()),
         (profile(workers=4), set()),
         (teacher(depth=60), set()),
+        (tracking("http://host:5000", "project"), set()),  # nor who is told of it
     ],
 )  # fmt: skip
 def test_the_models_settings(

@@ -66,6 +66,7 @@ def test_everything_lies_in_the_bucket(
     s3, _ = fs.FileSystem.from_uri(bucket)
     files = {info.path for info in s3.get_file_info(fs.FileSelector("lake", recursive=True))}
     assert {"lake/run/metrics.json", "lake/run/report.html", "lake/run/model/modules.json"} <= files
+    assert {path for path in files if path.startswith("lake/run/tensorboard/round-1-") and "tfevents" in path}
     assert not {path for path in files if path.endswith(".tmp") or "/partial-" in path}
     with s3.open_input_stream("lake/run/metrics.json") as stream:
         metrics = json.loads(stream.read())

@@ -98,6 +98,14 @@ def test_gains_are_those_of_the_training_that_was_run(swept: Path) -> None:
     assert len(set(gains)) == 3 and {r["measure"] for r in rows_of(swept)} == {measure}
 
 
+def test_tensorboard_shows_every_trial_by_its_name(swept: Path) -> None:
+    folders = {path.name.rpartition("-")[0]: path.name for path in (swept / "tensorboard").iterdir()}
+    assert folders.keys() == {f"loss={name}-round-1" for name in ("kl", "infonce", "strict")}
+    trained = [path.name.removeprefix("train-")[:8] for path in (swept / "store").glob("train-*")]
+    assert sorted(name.rpartition("-")[2] for name in folders.values()) == sorted(trained)
+    assert [path.name[:5] for path in (swept / "best" / "tensorboard").iterdir()] == ["round"]
+
+
 def test_the_page_and_the_test_figures_agree(swept: Path) -> None:
     page, tested = (swept / "sweep.html").read_text(), json.loads((swept / "test.json").read_text())
     assert page.count("<svg") == 4 and "Which loss?" in page  # effect, settings, curves, drift
