@@ -20,6 +20,7 @@ from retrieval_ray import sweeps
 from retrieval_ray.artifacts import Location, digest
 from retrieval_ray.config import Config
 from retrieval_ray.errors import UserError
+from retrieval_ray.forecast import Ledger
 from retrieval_ray.progress import say
 from retrieval_ray.selection import gain, measure
 from retrieval_ray.stages import cluster
@@ -204,7 +205,9 @@ def _trial(given: dict[str, Any], *, context: Context, space: Space, folder: Loc
     """One training, from whatever the store lacks of its stages; runs in a process of Tune's."""
     plan = _plan_of(context.config, space, given)
     claims = Claims(owners, tune.get_context().get_trial_id())
-    own = replace(context, config=plan.config, claims=claims, planned=[], started={}, touched={})
+    own = replace(
+        context, config=plan.config, claims=claims, planned=[], started={}, touched={}, ledger=Ledger()
+    )
     started = time.monotonic()
     trial, reported = result_of(own, plan)
     for row in [] if reported else trial.history:

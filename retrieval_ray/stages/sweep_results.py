@@ -14,6 +14,7 @@ from retrieval_ray import report_sweep, sweeps
 from retrieval_ray.artifacts import Location
 from retrieval_ray.config_file import differences
 from retrieval_ray.errors import UserError
+from retrieval_ray.forecast import Ledger
 from retrieval_ray.metrics import Difference, holm, paired_difference
 from retrieval_ray.progress import say
 from retrieval_ray.report_sweep import OnTest
@@ -103,7 +104,7 @@ def _run_best(context: Context, space: Space, best: Setting, output: Location) -
 def _measured(context: Context, space: Space, trial: Trial) -> Measured:
     """Encode, search and measure with a trial's model; all before is in the store."""
     config = Plan.of(context.config, space, trial.point, trial.seed).config
-    own = replace(context, config=config, quiet=True, planned=[], started={}, touched={})
+    own = replace(context, config=config, quiet=True, planned=[], started={}, touched={}, ledger=Ledger())
     grouped = pipeline.lists(own)
     assert grouped is not None
     rounds = pipeline.trained(own, grouped)

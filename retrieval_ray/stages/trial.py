@@ -19,7 +19,7 @@ from retrieval_ray.sweeps import Point, Space, Trial
 
 _CALLING = ("generate", "score")  # stages that ask an LLM or a teacher
 _NO_MODEL = ("bm25", "dense")  # teachers that only look up what retrieval found
-_EXECUTION = ("output_dir", "store", "compute", "sweep")
+_EXECUTION = ("output_dir", "store", "compute", "prices", "sweep")
 
 
 @dataclass(frozen=True)
