@@ -241,4 +241,4 @@ def kept(pairs: float, replies: float) -> Work:
 
 def results(student: Student) -> Work:
     """The model in the output folder."""
-    return Work("results", "results", "models", 1, stored=student.bytes)
+    return Work("results", "results", "model", 1, stored=student.bytes)

@@ -5,7 +5,7 @@ Arithmetic on values. How much a stage does is ``amounts.py``'s; what a row of i
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 GIB = 2.0**30
@@ -148,22 +148,6 @@ def compared(foreseen: Work, happened: Mapping[str, float]) -> dict[str, dict[st
 def from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Work]:
     """What ``asdict`` made of works."""
     return [Work(**row) for row in rows]
-
-
-def times(works: Sequence[Work], number: int) -> list[Work]:
-    """The same work so many times over."""
-    return [
-        replace(
-            work,
-            rows=number * work.rows,
-            calls=number * work.calls,
-            tokens_in=number * work.tokens_in,
-            tokens_out=number * work.tokens_out,
-            seconds=None if work.seconds is None else number * work.seconds,
-            stored=number * work.stored,
-        )
-        for work in works
-    ]
 
 
 class Ledger:

@@ -28,7 +28,7 @@ from retrieval_ray.tokens import Tokens
 
 SECONDS = 4.0  # that each part of the sample may take, about
 TEXTS = 256  # that it reads, at most
-_AT_ONCE = 32
+_AT_ONCE = 16
 _POOL_STARTS = 6.0  # seconds until Ray's actors are there, on a laptop (LOG.md); a model is loaded on top
 _GROUP_STARTS = 12.0  # the same of a group that trains together
 _UNKNOWN = Rate(None)
