@@ -29,7 +29,7 @@ def describe(context: Context, pipeline: Pipeline, until: str | None, foresee: F
     except WouldRun:
         after = "run    every stage after it" + (f", until {until}" if until else "")
     foreseen = foresee(context, until, sample=True)
-    _write(context, foreseen.works)
+    _write(context, until, foreseen.works)
     works = left(foreseen.works, context.ledger.seen)
     lines += [*context.planned, after, "", *foreseen.lines]
     return "\n".join([*lines, f"forecast (rates: {foreseen.source}):", *shown(context, works)])
@@ -41,25 +41,26 @@ def shown(context: Context, works: list[Work]) -> list[str]:
 
 
 def begin(context: Context, until: str | None, foresee: Foresee) -> None:
-    """Before a run: take what a dry run foresaw, else foresee what arithmetic can.
+    """Before a run: take what a dry run foresaw, and of stages beyond it what arithmetic can foresee.
 
     What stands in the way of that is the run's to tell of.
     """
     record = Location.of(context.config.output_dir) / FILE
     known = record.read_json() if record.exists() else {}
-    if known.get("run") == _run(context):
-        works = from_rows(known["works"])
-    else:
+    works = from_rows(known["works"]) if known.get("run") == _run(context) else []
+    if not works or known["until"] not in (None, until):
         try:
-            works = foresee(context, until, sample=False).works
+            whole = foresee(context, until, sample=False).works
         except UserError:
             return
-        _write(context, works)
+        there = {work.stage for work in works}
+        works += [work for work in whole if work.stage not in there]
+        _write(context, until, works)
     context.ledger = Ledger(works)
 
 
-def _write(context: Context, works: list[Work]) -> None:
-    document = {"run": _run(context), "works": [asdict(work) for work in works]}
+def _write(context: Context, until: str | None, works: list[Work]) -> None:
+    document = {"run": _run(context), "until": until, "works": [asdict(work) for work in works]}
     (Location.of(context.config.output_dir) / FILE).write_json(document)
 
 

@@ -15,6 +15,7 @@ from retrieval_ray import teachers
 from retrieval_ray.bm25 import Bm25
 from retrieval_ray.forecast import Rate
 from retrieval_ray.memory import activation_bytes
+from retrieval_ray.model_files import hub_id
 from retrieval_ray.objective import Objective
 from retrieval_ray.progress import say
 from retrieval_ray.stages.context import Context
@@ -66,7 +67,7 @@ def found(context: Context, judges: Sequence[Judge]) -> Rates:
             continue
         facts = manifest.read_json()
         of, config, worked = facts["identity"], facts["config"], facts["rows_this_run"]
-        if not worked or {k: of["profile"][k] for k in numeric} != numeric:
+        if not worked or {key: of.get("profile", {}).get(key) for key in numeric} != numeric:
             continue
         name, per_row = None, facts["seconds"] * config["compute"]["workers"] / worked
         model = config["student"]["model"]
@@ -112,9 +113,8 @@ def sampled(
                 train=False,
             )
         for judge in judges:
-            if judge.kind in teachers.KINDS and judge.config.engine == "transformers":
-                if f"judge {judge.name}" not in rates.known:
-                    _judging(context, judge, rates, passages, queries)
+            if f"judge {judge.name}" not in rates.known and _can_be_tried(context, judge):
+                _judging(context, judge, rates, passages, queries)
         rates.flops = matmul_limit(torch.device(context.profile.device), "float32")
         if "bm25" in context.config.retrieve.retrievers:
             rates.bm25 = _bm25(passages, queries)
@@ -123,6 +123,14 @@ def sampled(
     where = f"a sample of {time.monotonic() - began:.0f} s on this machine ({context.profile.device})"
     rates.source = f"{rates.source} and {where}" if earlier else where
     return rates
+
+
+def _can_be_tried(context: Context, judge: Judge) -> bool:
+    """Whether a sample says something; for a CPU no large model is fetched from a hub."""
+    if judge.kind not in teachers.KINDS or judge.config.engine != "transformers":
+        return False
+    far = judge.model is not None and hub_id(judge.model.source) is not None
+    return not far or context.profile.device == "cuda"
 
 
 def _encoding(
@@ -139,7 +147,8 @@ def _encoding(
         def encode(part: Sequence[Tokens], role: Role = role) -> None:
             student.encode_tokens(part, role, token_budget=context.profile.token_budget)
 
-        known, name = rates.known.get(f"encode-{role}{of}"), f"encode-{role}{of}"
+        name = f"encode-{role}{of}"
+        known = rates.known.get(name)
         seconds = known.seconds if known else _per_row(rows, encode)
         rates.known[name] = Rate(seconds, 0.0 if known else start, tokens)
     if train:

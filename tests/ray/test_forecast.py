@@ -85,10 +85,13 @@ def test_a_job_without_a_dry_run_foresees_by_itself_and_its_next_start_knows(
     output = tmp_path / "out"
     settings = small_settings(collection, Path(student_folder), output)
     adapt(settings, dry_run=False, until="queries")
-    first = (output / "forecast.json").read_bytes()
+    first = json.loads((output / "forecast.json").read_text())["works"]
+    assert {work["stage"] for work in first} == {"corpus", "queries"}
     adapt(settings, dry_run=False, until="encode")
-    assert (output / "forecast.json").read_bytes() == first
+    works = json.loads((output / "forecast.json").read_text())["works"]
+    assert works[: len(first)] == first and works[-1]["stage"] == "encode-query"
     found = manifests(output)
-    (corpus,) = found["corpus"]
-    assert corpus["forecast"]["rows"] == {"foreseen": 640, "happened": 640, "ratio": 1.0}
+    for stage, rows in (("corpus", 640), ("encode-passage", 640)):
+        (facts,) = found[stage]
+        assert facts["forecast"]["rows"] == {"foreseen": 640, "happened": rows, "ratio": 1.0}
     assert "prices" not in json.loads((output / "run.json").read_text())["config"]
