@@ -163,7 +163,7 @@ class Ledger:
             self.foreseen.setdefault(work.stage, []).append(work)
         self.seen: Counter[str] = Counter()
         self.open: dict[str, tuple[str, Work | None]] = {}  # by fingerprint: name, what was foreseen of it
-        self.inner: dict[str, float] = {}  # bytes of what was made within a stage
+        self.inner: dict[str, int] = {}  # bytes of what was made within a stage
 
     def reused(self, stage: str) -> None:
         """The run has come to a stage that is done."""
@@ -174,14 +174,14 @@ class Ledger:
         """The run works on a stage from now on."""
         self.open[fingerprint] = (stage, None if self._around(stage) else self._next(stage))
 
-    def ended(self, fingerprint: str, size: float, happened: Mapping[str, float]) -> dict[str, Any] | None:
+    def ended(self, fingerprint: str, size: int, happened: Mapping[str, float]) -> dict[str, Any] | None:
         """What was foreseen of a stage beside what happened; None where nothing was. size: bytes it wrote."""
         stage, work = self.open.pop(fingerprint)
         for outer in self._around(stage):
-            self.inner[outer] = self.inner.get(outer, 0.0) + size
+            self.inner[outer] = self.inner.get(outer, 0) + size
         if work is None or work.done:
             return None
-        return compared(work, {**happened, "bytes": size + self.inner.get(fingerprint, 0.0)})
+        return compared(work, {**happened, "bytes": size + self.inner.get(fingerprint, 0)})
 
     def _around(self, stage: str) -> list[str]:
         """Of the stages that are worked on, those of another kind; both sides of encoding are one kind."""
