@@ -15,6 +15,7 @@ from retrieval_ray.schedule import batch_size
 RUN_BYTES, SCORE_BYTES, PAIR_BYTES, INDEX_BYTES = 7.1, 10.3, 18.1, 12.0  # of a row; of a passage
 KEPT_SCORE_BYTES, KEPT_REPLY_BYTES = 23.0, 47.1
 QUERY_BYTES = 57.0
+REQUEST_TOKENS = 2690 / 4  # of a prompt with examples and passage, where none was counted
 LISTED_BYTES, READING_BYTES = 187.0 / 20, 165.0  # of a passage of a list; of a query in the trust table
 CORPUS = Rate(86.3e-6)  # a passage is read twice, sorted, compared, written
 QUERIES = Rate(60e-6)

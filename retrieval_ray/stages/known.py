@@ -94,7 +94,8 @@ def _corpus(context: Context, dataset: DatasetConfig, number: int, sample: bool)
     if "llm" in sources:
         if sample:
             cost = forecast.of(context, sorted(passages_of(source)), titles=dataset.titles)
-        generate = requests_of(context, min(config.llm.passages, count), cost)
+        each = sum(wanted_of(context).kinds.values())
+        generate = requests_of(context, each * min(config.llm.passages, count), cost)
         training += int(generate.rows)
     training, at_most = min(training, config.queries.max_queries), True
     rows, lists = training + len(test) + len(dev), None
@@ -121,18 +122,19 @@ def judged_corpus(context: Context, dataset: DatasetConfig, number: int) -> Know
     )  # fmt: skip
 
 
-def requests_of(context: Context, passages: int, cost: forecast.Cost | None) -> Work:
-    """An LLM's requests: as counted on a sample, or at most, one of each kind a passage."""
+def requests_of(
+    context: Context, requests: int, cost: forecast.Cost | None, *, label: str = "generate"
+) -> Work:
+    """An LLM's requests: as counted on a sample; where none was, at most so many."""
     config = context.config.llm
     engines = Workers(config.replicas or context.config.compute.workers, 0.0)
     if config.engine == "vllm" and context.profile.device == "cuda":
         engines = replace(engines, gpus=float(devices(config.vllm)))
     paid = config.engine == "endpoint"
-    requests = sum(wanted_of(context).kinds.values()) * passages
     if cost is None:
         return amounts.generate(
-            requests, requests, Rate(None), engines, tokens_in=0, tokens_out=requests * config.max_tokens,
-            at_most=True, paid=paid,
+            requests, requests, Rate(None), engines, tokens_in=requests * amounts.REQUEST_TOKENS,
+            tokens_out=requests * config.max_tokens, at_most=True, paid=paid, label=label,
         )  # fmt: skip
     asked = cost.requests * (1 - cost.kept)
     seconds = None

@@ -158,10 +158,7 @@ def _answered(context: Context, known: Known) -> list[Work]:
     most = min(known.passages, known.training * (context.config.groups.list_size - 1))
     works = [Work("negatives", "negatives", "queries", most, True, stored=most * amounts.QUERY_BYTES)]
     if context.config.llm.model:
-        asked = requests_of(context, most, None)
-        requests = replace(asked, rows=most, calls=most, label="generate for negatives")
-        tokens = most * context.config.llm.max_tokens
-        works.insert(0, replace(requests, tokens_out=tokens, stored=most * amounts.KEPT_REPLY_BYTES))
+        works.insert(0, requests_of(context, most, None, label="generate for negatives"))
     return works
 
 
@@ -184,7 +181,7 @@ def training(
         works.append(one)
         if (between := _between(context, corpora, one)) is not None:
             often = amounts.refreshes(one.rows, between)
-            works.append(_refreshed(context, corpora, judges, rates, often))
+            works += _refreshed(context, corpora, judges, rates, often)
     after: list[Work] = []
     for known in corpora:
         note, systems = ", adapted", 2 + len(config.evaluate.systems)
@@ -224,18 +221,18 @@ def _between(context: Context, corpora: Sequence[Known], one: Work) -> int | Non
 
 def _refreshed(
     context: Context, corpora: Sequence[Known], judges: Sequence[Judge], rates: Rates, often: int
-) -> Work:
-    """Encoding, search and judging once more for every refresh, beside training; as one line."""
+) -> list[Work]:
+    """Encoding, search and judging once more for every refresh, beside training; one line of the table."""
     again = before_training(context, corpora, judges, rates)
     parts = [work for name in ("encode", "retrieve", "score") for work in again[name]]
-    workers = workers_of(context)
-    known = all(work.seconds is not None for work in parts)
-    return Work(
-        "refresh", "refresh", "times", often, True, calls=often * sum(work.calls for work in parts),
-        tokens_in=often * sum(work.tokens_in for work in parts),
-        seconds=often * sum(work.seconds or 0.0 for work in parts) if known else None,
-        workers=workers.number, gpus=workers.gpus, stored=often * sum(work.stored for work in parts),
-    )  # fmt: skip
+    return [
+        replace(
+            work, stage="refresh", label="refresh", unit="times", rows=0 if number else often, at_most=True,
+            calls=often * work.calls, tokens_in=often * work.tokens_in, tokens_out=often * work.tokens_out,
+            seconds=None if work.seconds is None else often * work.seconds, stored=often * work.stored,
+        )
+        for number, work in enumerate(parts)
+    ]  # fmt: skip
 
 
 def kept(works: Sequence[Work]) -> list[Work]:
