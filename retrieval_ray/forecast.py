@@ -240,7 +240,9 @@ def _count(value: float) -> str:
 
 
 def _hours(gpu: float, cpu: float, unknown: bool) -> str:
-    known = [f"{value:,.3f} {kind}" for value, kind in ((gpu, "GPU"), (cpu, "CPU")) if value]
+    known = [
+        f"{value:,.{3 if value < 10 else 1}f} {kind}" for value, kind in ((gpu, "GPU"), (cpu, "CPU")) if value
+    ]
     return " + ".join([*known, *(["?"] if unknown else [])])
 
 

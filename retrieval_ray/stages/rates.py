@@ -153,7 +153,8 @@ def _encoding(
         rates.known[name] = Rate(seconds, 0.0 if known else start, tokens)
     if train:
         reading = rates.of("encode-passage")
-        rates.known.setdefault("dev", Rate(reading.seconds, 0.0, reading.tokens))
+        dev = rates.known.get("dev", reading)
+        rates.known["dev"] = Rate(dev.seconds, 0.0, reading.tokens)
         known, tokens = rates.known.get("train"), reading.tokens
         if known is None:
             seconds = _training(context, student, passages, queries, reading.seconds or 0.01)

@@ -92,6 +92,7 @@ def scoring(
             name, queries, pool, plan, passage_tokens=tokens, max_tokens=member.max_tokens, at_most=at_most
         )
     calls, rate = pairs, rates.of(f"judge {judge.name}")
+    rate = replace(rate, tokens=rate.tokens or rates.of("encode-passage").tokens)
     if judge.kind == "late":
         calls = amounts.late_texts(queries, passages, pairs)
         text, pair = rates.of(f"late {judge.name}"), rates.of("late pair")
