@@ -90,7 +90,7 @@ def found(context: Context, judges: Sequence[Judge]) -> Rates:
 def sampled(
     context: Context, judges: Sequence[Judge], passages: Sequence[str], queries: Sequence[str], *, train: bool
 ) -> Rates:
-    """What finished stages say, and of all else a sample of these texts: some 30 seconds on a machine at rest.
+    """What finished stages say, and of all else a sample of these texts: half a minute, on a machine at rest.
 
     train: whether a training step is tried too.
     """
