@@ -71,7 +71,7 @@ def test_what_was_foreseen_is_what_happened(
                 for part in facts["parts"]
             )
 
-    more = [*settings, "train.max_epochs=1"]
+    more = [*settings, "train.max_epochs=1", f"output_dir={tmp_path / 'more'}", f"store={output / 'store'}"]
     adapt(more, dry_run=True)
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     for stage in ("corpus", "queries", "encode passages", "retrieve", "score late", "groups"):
