@@ -48,7 +48,7 @@ def adapting(context: Context, until: str | None, *, sample: bool) -> Foreseen:
     works = _up_to(context, to, corpora, judges, rates)
     if to == len(STAGES):
         works.append(amounts.results(sizes_of(context.student)))
-    return Foreseen([*works, *kept(works)], rates.source, _told(corpora))
+    return Foreseen([*works, *kept(context, works)], rates.source, _told(corpora))
 
 
 def sweeping(context: Context, until: str | None, *, sample: bool, trials: Sequence[Config]) -> Foreseen:
@@ -70,7 +70,7 @@ def sweeping(context: Context, until: str | None, *, sample: bool, trials: Seque
         looked = corpora if not begun else look(own, False)
         works += _up_to(own, to, looked, judges_of(own), rates)
         begun.append(shared)
-    return Foreseen([*works, *kept(works)], rates.source, _told(corpora))
+    return Foreseen([*works, *kept(context, works)], rates.source, _told(corpora))
 
 
 def teaching(context: Context, until: str | None, *, sample: bool) -> Foreseen:
@@ -111,7 +111,7 @@ def judging(context: Context, until: str | None, *, sample: bool) -> Foreseen:
     for judge in judges:
         queries = count // each
         works.append(scoring(context, judge, queries, count, each, rates, at_most=True, extra=0.0))
-    return Foreseen([*works, *kept(works)], rates.source, [])
+    return Foreseen([*works, *kept(context, works)], rates.source, [])
 
 
 def merging(context: Context, until: str | None, *, sample: bool) -> Foreseen:

@@ -9,7 +9,7 @@ from retrieval_ray import amounts
 from retrieval_ray.amounts import Workers
 from retrieval_ray.artifacts import Location
 from retrieval_ray.config import StudentConfig
-from retrieval_ray.forecast import Rate, Work
+from retrieval_ray.forecast import Rate, Work, left
 from retrieval_ray.model_files import Model, resolve_model
 from retrieval_ray.stages import layers, refresh
 from retrieval_ray.stages.context import STAGES, Context
@@ -236,8 +236,9 @@ def _refreshed(
     ]  # fmt: skip
 
 
-def kept(works: Sequence[Work]) -> list[Work]:
+def kept(context: Context, works: Sequence[Work]) -> list[Work]:
     """What scores by models and replies take once more, by content."""
+    works = left(works, context.ledger.seen)
     judged = [w for w in works if w.stage.startswith("score-") and w.calls]
     pairs = sum(work.rows for work in judged)
     replies = sum(work.calls for work in works if work.stage == "generate")
