@@ -5,15 +5,16 @@
 What happens in between stands on one screen in ``retrieval_ray/stages/pipeline.py``.
 """
 
-from retrieval_ray.stages import job, pipeline, plan
+from retrieval_ray.stages import foresee, job, pipeline, plan
 from retrieval_ray.stages.context import Context
 
 
 def adapt(context: Context, until: str | None) -> str | None:
     """Run every stage up to ``until``; returns the path of metrics.json."""
     if context.dry_run:
-        print(plan.describe(context, pipeline.run, until))
+        print(plan.describe(context, pipeline.run, until, foresee.adapting))
         return None
+    plan.begin(context, until, foresee.adapting)
     return pipeline.run(context, until)
 
 

@@ -14,6 +14,7 @@ from retrieval_ray.stages import (
     cluster,
     encode,
     export,
+    foresee,
     generate,
     group,
     ingest,
@@ -36,8 +37,9 @@ def write(
         raise UserError("--until: this job writes lists, so it always goes on to the groups stage")
     folder = export.target(format, out, false_negatives)
     if context.dry_run:
-        print(plan.describe(context, pipeline, "groups"))
+        print(plan.describe(context, pipeline, "groups", foresee.adapting))
         return None
+    plan.begin(context, "groups", foresee.adapting)
     corpora = context.config.corpora()
     for dataset in corpora:
         grouped = lists(context, dataset)

@@ -7,7 +7,7 @@ Replies and queries lie in the store, where ``jobs/adapt.py`` with the same sett
 
 from retrieval_ray.errors import UserError
 from retrieval_ray.sources import open_source
-from retrieval_ray.stages import forecast, generate, ingest, job, plan, queries
+from retrieval_ray.stages import forecast, foresee, generate, ingest, job, plan, queries
 from retrieval_ray.stages.context import Context
 
 
@@ -22,8 +22,9 @@ def write(context: Context, until: str | None, show: int | None) -> str | None:
             print("\n".join(forecast.shown(context, dataset, show)))
         return None
     if context.dry_run:
-        print(plan.describe(context, pipeline, until))
+        print(plan.describe(context, pipeline, until or "queries", foresee.adapting))
         return None
+    plan.begin(context, until or "queries", foresee.adapting)
     return pipeline(context, until)
 
 

@@ -8,7 +8,7 @@ The dense model of the original architecture lies in ``output_dir/model``, what 
 """
 
 from retrieval_ray.progress import say
-from retrieval_ray.stages import job, merge
+from retrieval_ray.stages import foresee, job, merge, plan
 from retrieval_ray.stages.context import Context
 
 
@@ -16,6 +16,7 @@ def make_dense(context: Context, until: str | None) -> str | None:
     """Merge and measure; returns the path of merge.json."""
     if context.dry_run:
         print(f"would merge the experts of {context.student.source} into {context.config.output_dir}/model")
+        print("\n".join(plan.shown(context, foresee.merging(context, until, sample=True).works)))
         return None
     where = merge.run(context)
     say(f"model: {context.config.output_dir}/model")

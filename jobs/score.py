@@ -10,21 +10,21 @@ scores.parquet, rejects.parquet and, last, scores.json; each pair is judged once
 from retrieval_ray.artifacts import Location
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
-from retrieval_ray.stages import cluster, given, job, score
-from retrieval_ray.stages.context import Context, WouldRun
+from retrieval_ray.stages import cluster, foresee, given, job, plan, score
+from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.judges import judges_of
 
 
 def write(context: Context, until: str | None) -> str | None:
     """Judge every pair by every teacher; returns the path of scores.json."""
-    try:
-        return judged(context)
-    except WouldRun:
-        print("\n".join(["plan (nothing is run):", *context.planned]))
+    if context.dry_run:
+        print(plan.describe(context, judged, until, foresee.judging))
         return None
+    plan.begin(context, until, foresee.judging)
+    return judged(context, until)
 
 
-def judged(context: Context) -> str | None:
+def judged(context: Context, until: str | None) -> str | None:
     judges = judges_of(context)
     unfit = sorted({judge.kind for judge in judges} & {"bm25", "dense"})
     if unfit:

@@ -8,12 +8,13 @@ same command goes on.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from retrieval_ray import sweeps
 from retrieval_ray.config_file import with_values
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
-from retrieval_ray.stages import job, pipeline, plan, sweep, sweep_results
+from retrieval_ray.stages import foresee, job, pipeline, plan, sweep, sweep_results
 from retrieval_ray.stages.context import Context
 
 
@@ -31,7 +32,7 @@ def sweep_all(context: Context, until: str | None) -> str | None:
         )
         say(f"collection '{name}'")
         try:
-            last = sweep_one(replace(context, config=config, planned=[])) or last
+            last = sweep_one(context.anew(config=config)) or last
         except UserError as error:  # the others can do without it
             say(f"collection '{name}': error: {error}")
             failed.append(name)
@@ -50,7 +51,8 @@ def sweep_one(context: Context) -> str | None:
         how = context.config.sweep
         print(f"{len(plans) or how.samples} trials ({how.search}), of which the first runs:")
         first = replace(context, config=plans[0].config) if plans else context
-        print(plan.describe(first, pipeline.run, "train"))
+        trials = [each.config for each in plans] or [context.config] * how.samples
+        print(plan.describe(first, pipeline.run, "train", partial(foresee.sweeping, trials=trials)))
         return None
     trials = sweep.run(context, space)
     return sweep_results.write(context, space, trials).url

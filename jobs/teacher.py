@@ -11,26 +11,22 @@ from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model
 from retrieval_ray.progress import say
 from retrieval_ray.sources import open_source
-from retrieval_ray.stages import cluster, encode, ingest, job, reranker, retrieve
-from retrieval_ray.stages.context import Context, WouldRun
+from retrieval_ray.stages import cluster, encode, foresee, ingest, job, plan, reranker, retrieve
+from retrieval_ray.stages.context import Context
 
 
 def teach(context: Context, until: str | None) -> str | None:
     """Train; returns the model's folder."""
     if until is not None:
         raise UserError("--until: this job has no stages to stop at but its last")
-    if not context.dry_run:
-        return pipeline(context)
-    try:
-        pipeline(context)
-        context.planned.append("everything is done already")
-    except WouldRun:
-        context.planned.append("run    every stage after it")
-    print("\n".join(["plan (nothing is run):", *context.planned]))
-    return None
+    if context.dry_run:
+        print(plan.describe(context, pipeline, until, foresee.teaching))
+        return None
+    plan.begin(context, until, foresee.teaching)
+    return pipeline(context, until)
 
 
-def pipeline(context: Context) -> str:
+def pipeline(context: Context, until: str | None) -> str:
     config = context.config
     base = Model.of(config.reranker.base, "reranker.base")
     ranked = []

@@ -103,6 +103,12 @@ class Location:
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         return sorted(entry.base_name for entry in self.filesystem.get_file_info(selector))
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file under this folder, by its path from here; one listing."""
+        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        files = (info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File)
+        return {info.path[len(self.path) + 1 :]: int(info.size) for info in files}
+
     def read(self) -> bytes:
         with self.filesystem.open_input_stream(self.path) as stream:
             return bytes(stream.read())

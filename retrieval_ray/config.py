@@ -274,6 +274,16 @@ class SweepConfig:
 
 
 @dataclass
+class PricesConfig:
+    """What ``--dry-run`` counts money by, in your currency; null: that is left out."""
+
+    worker_hour: float | None = None  # of one worker, with its GPUs
+    tokens_in_million: float | None = None  # of an endpoint
+    tokens_out_million: float | None = None
+    gib_month: float | None = None  # of storage
+
+
+@dataclass
 class ComputeConfig:
     workers: int = 1
     min_workers: int | None = None  # elastic: with so many work goes on; null: with all of them
@@ -315,6 +325,7 @@ class Config:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    prices: PricesConfig = field(default_factory=PricesConfig)
     pairs: str | None = None  # what jobs/score.py judges: a TREC run, or a table as jsonl or parquet
     seed: int = 0
     output_dir: str = "out/run"

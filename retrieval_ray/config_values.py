@@ -81,6 +81,10 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "samples": (1, _MANY), "seeds": (1, _MANY), "trials_at_once": (1, _MANY),
         "asha_epochs": (1, _MANY), "asha_factor": (1.1, _MANY),
     },
+    "prices": {
+        "worker_hour": (0, _MANY), "tokens_in_million": (0, _MANY), "tokens_out_million": (0, _MANY),
+        "gib_month": (0, _MANY),
+    },
     "compute": {
         "workers": (1, _MANY), "min_workers": (1, _MANY), "cpus_per_worker": (1, _MANY),
         "gpus_per_worker": (0, _MANY), "threads": (1, _MANY), "token_budget": (1, _MANY),

@@ -10,6 +10,7 @@ from typing import Any
 from retrieval_ray import __version__
 from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.config import Config, to_dict
+from retrieval_ray.forecast import Ledger
 from retrieval_ray.model_files import Model
 from retrieval_ray.progress import say
 from retrieval_ray.stages import meter
@@ -24,7 +25,7 @@ STAGES = ("corpus", "generate", "queries", "encode", "retrieve", "score", "group
 
 
 # Of a config: where and how a run is made and who is told, not what it is.
-EXECUTION_KEYS = ("output_dir", "store", "compute", "tracking")
+EXECUTION_KEYS = ("output_dir", "store", "compute", "tracking", "prices")
 
 
 class WouldRun(Exception):
@@ -42,6 +43,7 @@ class Context:
     planned: list[str] = field(default_factory=list)
     started: dict[str, float] = field(default_factory=dict)
     touched: dict[str, Stage] = field(default_factory=dict)  # every stage that was asked for, by fingerprint
+    ledger: Ledger = field(default_factory=Ledger)
     claims: Claims | None = None  # of a sweep's trial, which shares its store with others at the same time
     trial: str | None = None  # what a sweep calls this run
     telling: dict[str, Any] = field(default_factory=dict)  # see tracking.py: of this process's runs
@@ -57,12 +59,15 @@ class Context:
 
         In a dry run a stage that is not finished ends the walk through the stages.
         """
+        known = stage.fingerprint in self.touched
         self.touched[stage.fingerprint] = stage
         if self.claims and not stage.finished():
             self.claims.take(stage.fingerprint)  # another trial may finish it meanwhile
         if stage.finished():
             if self.claims:
                 self.claims.give_back(stage.fingerprint)
+            if not known:
+                self.ledger.reused(ledger_name(stage))
             if not self.quiet:
                 say(f"{label}: done already ({stage.folder.path.rpartition('/')[2]})")
             self.planned.append(f"reuse  {label} ({stage.name}-{stage.fingerprint})")
@@ -75,6 +80,7 @@ class Context:
             )
             raise WouldRun
         say(label)
+        self.ledger.begun(ledger_name(stage), stage.fingerprint)
         self.started[stage.fingerprint] = time.monotonic()
         return True
 
@@ -103,10 +109,22 @@ class Context:
             meter.count(
                 stage.name, collection, rows=worked, errors=rejected if isinstance(rejected, dict) else None
             )
+        sizes = stage.folder.sizes()
+        size = sum(sizes[part] for part in parts)
+        happened: dict[str, float] = {"rows": rows}
+        if worked == rows:
+            happened["seconds"] = round(seconds, 3)
+        tokens = facts.get("tokens")
+        if isinstance(tokens, dict):
+            happened |= {"tokens_in": tokens["in"], "tokens_out": tokens["out"]}
+        foreseen = self.ledger.ended(stage.fingerprint, size, happened)
+        if foreseen:
+            facts["forecast"] = foreseen
         stage.finish(
             parts,
             rows=rows,
             **facts,
+            bytes=size,
             seconds=round(seconds, 3),
             rows_this_run=worked,
             rows_per_second=round(worked / max(seconds, 1e-9), 3),
@@ -123,6 +141,16 @@ class Context:
             gpus = 1.0 if self.profile.device == "cuda" else 0.0
         return {"num_cpus": self.config.compute.cpus_per_worker, "num_gpus": gpus}
 
+    def anew(self, **changes: Any) -> "Context":
+        """Another walk through the stages, with these fields changed, that has met none of them yet."""
+        return replace(self, **{"planned": [], "started": {}, "touched": {}, "ledger": Ledger(), **changes})
+
     def with_student(self, student: Model) -> "Context":
         """The same run with another student (the adapted one, for evaluation)."""
         return replace(self, chosen_student=student)
+
+
+def ledger_name(stage: Stage) -> str:
+    """What a stage is called in forecasts: by its name; of encoding, also by whose texts."""
+    role = stage.identity.get("role")
+    return f"{stage.name}-{role}" if role else stage.name

@@ -44,7 +44,7 @@ def run(
     """
     passages, query_vectors = _both(context, collection, note)
     further = {
-        name: _both(_with_model(context, name, config), collection, f" with {name}")
+        name: _both(with_model(context, name, config), collection, f" with {name}")
         for name, config in (models or {}).items()
     }
     return extend(
@@ -108,7 +108,7 @@ def _shares(context: Context, target: Stage, names: list[str]) -> list[list[int]
     return [missing[n : n + at_once] for n in range(0, len(missing), at_once)]
 
 
-def _with_model(context: Context, name: str, student: StudentConfig) -> Context:
+def with_model(context: Context, name: str, student: StudentConfig) -> Context:
     """The same run with another model in the student's place."""
     model = Model.of(student.model, f"retrieve.models.{name}.model")
     return replace(context, config=replace(context.config, student=student), chosen_student=model)

@@ -97,6 +97,19 @@ def run(context: Context, *, by_query: bool) -> Stage:
     return target
 
 
+def some(context: Context, most: int) -> tuple[int, list[Pair]]:
+    """How many pairs ``config.pairs`` holds, and the first of them. Raises ``UserError`` as ``run`` does."""
+    path = context.config.pairs or ""
+    queries, passages = _texts(context.config.dataset, path)
+    count, first = 0, list[Pair]()
+    for found in read_pairs(path, queries, passages):
+        if isinstance(found, Pair):
+            count += 1
+            if len(first) < most:
+                first.append(found)
+    return count, first
+
+
 def _texts(dataset: DatasetConfig, path: str) -> tuple[dict[str, str], dict[str, str]]:
     """What the ids of the file stand for; read only where some row has an id without a text."""
     empty: dict[str, str] = {}

@@ -81,7 +81,7 @@ def open_run(config: Config, *, profile: Profile | None = None, dry_run: bool) -
     """
     output = _folder("output_dir", config.output_dir, make=not dry_run)
     store = _folder("store", config.store, make=not dry_run) if config.store else output / "store"
-    identity = {k: v for k, v in to_dict(config).items() if k not in EXECUTION_KEYS}
+    identity = identity_of(config)
     record = output / "run.json"
     known: dict[str, Any] = record.read_json() if record.exists() else {}
     # A run that never finished may be corrected; results are never overwritten by another run's.
@@ -102,6 +102,11 @@ def open_run(config: Config, *, profile: Profile | None = None, dry_run: bool) -
     if not dry_run:
         record.write_json({"run": digest(identity), "config": identity, "profile": asdict(profile)})
     return Context(config, store, profile, dry_run=dry_run)
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """What makes a run this run: all of its config but where and with what it is computed."""
+    return {k: v for k, v in to_dict(config).items() if k not in EXECUTION_KEYS}
 
 
 def explain(error: BaseException) -> str | None:

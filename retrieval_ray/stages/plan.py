@@ -1,67 +1,68 @@
-"""A dry run: which stages would be reused, which would run, on how much."""
+"""A dry run: which stages would be reused, which would run, on how much, in what time, for what money.
 
-import sys
+What it foresees is kept in ``output_dir/forecast.json``, and stands in the manifests of the stages that a run
+then works on beside what happened.
+"""
+
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
-from retrieval_ray.datasets import judged_ids, passages_of, read_judged, read_log, read_log_file, survey
-from retrieval_ray.sources import open_source
-from retrieval_ray.stages import forecast
-from retrieval_ray.stages.context import STAGES, Context, WouldRun
-from retrieval_ray.stages.queries import sources_of
+from retrieval_ray.artifacts import Location, digest
+from retrieval_ray.errors import UserError
+from retrieval_ray.forecast import Ledger, Prices, Work, from_rows, left, table
+from retrieval_ray.stages import job
+from retrieval_ray.stages.context import Context, WouldRun
+from retrieval_ray.stages.foresee import Foreseen
 
-Pipeline = Callable[[Context, str | None], str | None]
+Pipeline = Callable[[Context, str | None], Any]
+Foresee = Callable[..., Foreseen]  # (context, until, sample=...)
+FILE = "forecast.json"
 
 
-def describe(context: Context, pipeline: Pipeline, until: str | None) -> str:
-    """The plan as text. Reads the collections, writes nothing, starts nothing."""
+def describe(context: Context, pipeline: Pipeline, until: str | None, foresee: Foresee) -> str:
+    """The plan as text. Reads the collections, tries a sample, starts nothing; writes what is foreseen."""
     lines = ["plan (nothing is run):"]
     try:
         pipeline(context, until)
-        lines += [*context.planned, "everything is done already"]
+        return "\n".join([*lines, *context.planned, "everything is done already"])
     except WouldRun:
-        lines += [
-            *context.planned,
-            "run    every stage after it" + (f", until {until}" if until else ""),
-        ]
-    return "\n".join([*lines, "", *_amounts(context)])
+        after = "run    every stage after it" + (f", until {until}" if until else "")
+    foreseen = foresee(context, until, sample=True)
+    _write(context, until, foreseen.works)
+    works = left(foreseen.works, context.ledger.seen)
+    lines += [*context.planned, after, "", *foreseen.lines]
+    return "\n".join([*lines, f"forecast (rates: {foreseen.source}):", *shown(context, works)])
 
 
-def _amounts(context: Context) -> list[str]:
-    config = context.config
-    lines = [f"stages: {', '.join(STAGES)}"]
-    for dataset in config.corpora():
-        source = open_source(dataset.path)
-        count = survey(source).passages
-        named = {
-            p for split in (dataset.split, dataset.dev_split) if split for p in judged_ids(source, split)
-        }
-        ids = {key for key, _, _ in passages_of(source) if key in named}
-        judged = set(read_judged(source, dataset.split, ids, max_queries=dataset.max_queries).texts)
-        if dataset.dev_split:
-            judged |= set(read_judged(source, dataset.dev_split, ids).texts)
-        sources = sources_of(config.queries, dataset)
-        training = 0
-        if "log" in sources:
-            split = dataset.log_split or config.queries.log_split
-            training += len(read_log(source, split, without=judged)) if split else 0
-            path = config.queries.log_path
-            training += len(read_log_file(path)) if path else 0
-        if "extractive" in sources:
-            training += min(
-                config.queries.extractive_max,
-                config.queries.extractive_per_passage * count,
-            )
-        calls = 0
-        if "llm" in sources:
-            cost = forecast.of(context, sorted(passages_of(source)), titles=dataset.titles)
-            calls, training = cost.requests, training + cost.requests
-            lines += cost.lines()
-        training = min(training, config.queries.max_queries)
-        pairs = (training + len(judged)) * config.teacher.depth
-        lines.append(
-            f"{source.name}: {count:,} passages to encode (twice: base and adapted), "
-            f"up to {training:,} training queries from {' and '.join(sources)}, {len(judged):,} judged "
-            f"queries, up to {pairs:,} pairs for the teacher ({config.teacher.kind}), {calls:,} LLM calls"
-        )
-    sys.stdout.flush()
-    return lines
+def shown(context: Context, works: list[Work]) -> list[str]:
+    """The table, at the config's prices."""
+    return table(works, Prices(**vars(context.config.prices)))
+
+
+def begin(context: Context, until: str | None, foresee: Foresee) -> None:
+    """Before a run: take what a dry run foresaw, and of stages beyond it what arithmetic can foresee.
+
+    What stands in the way of that is the run's to tell of.
+    """
+    record = Location.of(context.config.output_dir) / FILE
+    known = record.read_json() if record.exists() else {}
+    works = from_rows(known["works"]) if known.get("run") == _run(context) else []
+    if not works or known["until"] not in (None, until):
+        try:
+            whole = foresee(context, until, sample=False).works
+        except UserError:
+            return
+        there = {work.stage for work in works}
+        works += [work for work in whole if work.stage not in there]
+        _write(context, until, works)
+    context.ledger = Ledger(works)
+
+
+def _write(context: Context, until: str | None, works: list[Work]) -> None:
+    document = {"run": _run(context), "until": until, "works": [asdict(work) for work in works]}
+    (Location.of(context.config.output_dir) / FILE).write_json(document)
+
+
+def _run(context: Context) -> str:
+    return digest(job.identity_of(context.config))

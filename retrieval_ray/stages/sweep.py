@@ -229,7 +229,7 @@ def _trial(given: dict[str, Any], *, context: Context, space: Space, folder: Loc
 
 def _own(context: Context, plan: Plan) -> Context:
     """The context of one trial."""
-    return replace(context, config=plan.config, trial=plan.label(), planned=[], started={}, touched={})
+    return context.anew(config=plan.config, trial=plan.label())
 
 
 def _with_start(rows: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -103,7 +103,7 @@ def _run_best(context: Context, space: Space, best: Setting, output: Location) -
 def _measured(context: Context, space: Space, trial: Trial) -> Measured:
     """Encode, search and measure with a trial's model; all before is in the store."""
     config = Plan.of(context.config, space, trial.point, trial.seed).config
-    own = replace(context, config=config, quiet=True, planned=[], started={}, touched={})
+    own = context.anew(config=config, quiet=True)
     grouped = pipeline.lists(own)
     assert grouped is not None
     rounds = pipeline.trained(own, grouped)

@@ -80,7 +80,7 @@ def training_of(context: Context) -> str | None:
 
     Empty where the teacher's gate lets none begin; None where that cannot be told yet.
     """
-    walk = replace(context, dry_run=True, quiet=True, planned=[], started={}, touched={})
+    walk = context.anew(dry_run=True, quiet=True)
     with heard_by(lambda line: None):
         try:
             grouped = pipeline.lists(walk)

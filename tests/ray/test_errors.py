@@ -167,13 +167,15 @@ def test_as_a_user_sees_it(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("error: dataset.path: no folder")
 
 
-def test_dry_run_writes_nothing(collection, student_folder, tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_a_dry_run_writes_its_forecast_alone(
+    collection, student_folder, tmp_path, monkeypatch, capsys
+) -> None:  # type: ignore[no-untyped-def]
     output = tmp_path / "out"
     settings = small_settings(collection, Path(student_folder), output)
     arguments = ["adapt.py", str(ROOT / "configs" / "cpu.yaml"), *settings, "--dry-run"]
     monkeypatch.setattr(sys, "argv", arguments)
     job.main(job_module("adapt").adapt, "")
     plan = capsys.readouterr().out
-    assert "run    corpus" in plan and "640 passages" in plan and "48 training queries" in plan
+    assert "run    corpus" in plan and "640 passages" in plan and "at most 80 queries" in plan
     assert "1,600 pairs" in plan  # (48 + 16 + 16) queries x teacher.depth 20
-    assert not output.exists()
+    assert [path.name for path in output.rglob("*")] == ["forecast.json"]

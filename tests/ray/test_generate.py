@@ -496,6 +496,6 @@ def test_a_dry_run_shows_prompts_and_counts_tokens(
     )
     done = run_job("adapt", ["configs/cpu.yaml", *settings, "--dry-run"])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "600 LLM calls" in done.stdout and "GPU hours (at 1,000 tokens/s" in done.stdout
+    assert "600 requests" in done.stdout and "GPU hours (at 1,000 tokens/s" in done.stdout
     assert all(f"a prompt of the kind {kind}" in done.stdout for kind in KINDS)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["forecast.json"]

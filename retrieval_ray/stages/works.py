@@ -1,0 +1,245 @@
+"""The works of the main job's stages, by config and corpora; ``foresee.py`` puts jobs together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from retrieval_ray import amounts
+from retrieval_ray.amounts import Workers
+from retrieval_ray.artifacts import Location
+from retrieval_ray.config import StudentConfig
+from retrieval_ray.forecast import Rate, Work, left
+from retrieval_ray.model_files import Model, resolve_model
+from retrieval_ray.stages import layers, refresh
+from retrieval_ray.stages.context import STAGES, Context
+from retrieval_ray.stages.judges import Judge
+from retrieval_ray.stages.known import Known, requests_of
+from retrieval_ray.stages.rates import Rates, found, sampled
+from retrieval_ray.teachers.listwise import windows
+
+
+def rates_of(context: Context, judges: Sequence[Judge], corpora: Sequence[Known], *, sample: bool) -> Rates:
+    if not sample:
+        return found(context, judges)
+    texts = [text for corpus in corpora for text in corpus.texts]
+    asked = [text for corpus in corpora for text in corpus.asked]
+    return sampled(context, judges, texts, asked, train=True)
+
+
+def workers_of(context: Context) -> Workers:
+    return Workers(context.config.compute.workers, context.worker_resources()["num_gpus"])
+
+
+def sizes_of(model: Model) -> amounts.Student:
+    """Sizes of a model, out of its folder's files."""
+    folder = Path(resolve_model(model.source, "student.model"))
+    configs = [Location.of(str(path)).read_json() for path in sorted(folder.rglob("config.json"))]
+    texts = [each.get("text_config", each) for each in configs]
+    body: Mapping[str, Any] = next((each for each in texts if "hidden_size" in each), {})
+    size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    return amounts.Student(
+        int(body.get("hidden_size", 0)), int(body.get("num_hidden_layers", 0)), float(size)
+    )
+
+
+def encoding(
+    context: Context, known: Known, rates: Rates, note: str = "", student: StudentConfig | None = None
+) -> list[Work]:
+    """Both sides of encoding. student: of a further retriever."""
+    model = context.student if student is None else Model.of(student.model, "retrieve.models")
+    of = "" if student is None else f" of {student.model}"
+    sizes, workers = sizes_of(model), workers_of(context)
+    sides = (("passage", known.passages, False), ("query", known.rows, known.at_most))
+    return [
+        amounts.encode(
+            role, texts, sizes, rates.of(f"encode-{role}{of}"), workers, at_most=at_most, note=note
+        )
+        for role, texts, at_most in sides
+    ]
+
+
+def retrieval(
+    context: Context, known: Known, rates: Rates, retrievers: Sequence[str], note: str = ""
+) -> Work:
+    depth, rate = context.config.retrieve.depth, Rate(None)
+    if rates.flops:
+        rate = Rate(
+            amounts.search_seconds(
+                known.passages, sizes_of(context.student).dimension, retrievers, depth,
+                flops=rates.flops, bm25=rates.bm25,
+            )
+        )  # fmt: skip
+    return amounts.retrieve(
+        known.rows, known.passages, len(retrievers), depth, rate, workers_of(context), at_most=known.at_most,
+        note=note,
+    )  # fmt: skip
+
+
+def scoring(
+    context: Context, judge: Judge, queries: int, passages: int, pool: int, rates: Rates, *,
+    at_most: bool, extra: float, note: str = "",
+) -> Work:  # fmt: skip
+    """One teacher on the pools of so many queries. extra: bytes that are laid out for it."""
+    pairs, workers = queries * pool, workers_of(context)
+    name = f"{judge.name}{note}"
+    if judge.kind in ("bm25", "dense"):
+        return amounts.looked_up(name, judge.kind, pairs, at_most=at_most)
+    if judge.kind == "listwise":
+        tokens, member = rates.of("encode-passage").tokens or 150.0, judge.config
+        plan = windows(pool, member.window, member.stride)
+        return amounts.listwise(
+            name, queries, pool, plan, passage_tokens=tokens, max_tokens=member.max_tokens, at_most=at_most
+        )
+    calls, rate = pairs, rates.of(f"judge {judge.name}")
+    rate = replace(rate, tokens=rate.tokens or rates.of("encode-passage").tokens)
+    if judge.kind == "late":
+        calls = amounts.late_texts(queries, passages, pairs)
+        text, pair = rates.of(f"late {judge.name}"), rates.of("late pair")
+        if rate.seconds is None and text.seconds is not None and pairs:
+            rate = Rate(text.seconds * calls / pairs + (pair.seconds or 0.0), text.start, text.tokens)
+    return amounts.score(
+        name, judge.kind, pairs, calls, rate, workers, at_most=at_most, extra_bytes=extra
+    )  # fmt: skip
+
+
+def _judgements(
+    context: Context, known: Known, judges: Sequence[Judge], rates: Rates, note: str = ""
+) -> list[Work]:
+    """Every teacher on the pools; the first that needs them laid out by passage has them laid out."""
+    works: list[Work] = []
+    pool = min(context.config.teacher.depth, known.passages)
+    laid_out = amounts.pool_bytes(known.rows * pool, known.passages)
+    for judge in judges:
+        extra = 0.0 if judge.kind == "bm25" else laid_out
+        laid_out -= extra
+        if judge.kind == "late":  # token vectors of the queries, in float16
+            tokens, size = rates.of("encode-query").tokens, sizes_of(judge.model or context.student)
+            extra += 2.0 * known.rows * tokens * size.dimension
+        work = scoring(
+            context,
+            judge,
+            known.rows,
+            known.passages,
+            pool,
+            rates,
+            at_most=known.at_most,
+            extra=0.0,
+            note=note,
+        )
+        works.append(replace(work, stored=work.stored + extra))
+    return works
+
+
+def before_training(
+    context: Context, corpora: Sequence[Known], judges: Sequence[Judge], rates: Rates, note: str = ""
+) -> dict[str, list[Work]]:
+    """Everything up to the training lists, by stage."""
+    config = context.config
+    made: dict[str, list[Work]] = {name: [] for name in STAGES}
+    for known in corpora:
+        pool = min(config.teacher.depth, known.passages)
+        made["corpus"].append(amounts.corpus(known.passages, known.row_bytes))
+        made["generate"] += [known.generate] if known.generate else []
+        made["queries"].append(amounts.queries(known.rows, at_most=known.at_most))
+        made["encode"] += encoding(context, known, rates, note)
+        for name, student in config.retrieve.models.items():
+            made["encode"] += encoding(context, known, rates, f" with {name}{note}", student)
+        made["retrieve"].append(retrieval(context, known, rates, config.retrieve.retrievers, note))
+        made["score"] += _judgements(context, known, judges, rates, note)
+        groups = amounts.groups(known.training, pool, config.groups.list_size, at_most=True)
+        made["groups"].append(replace(groups, label=f"groups{note}"))
+        if config.queries.negatives:
+            made["groups"] += _answered(context, known)
+    return made
+
+
+def _answered(context: Context, known: Known) -> list[Work]:
+    """A query for each negative of the lists, at most one a passage; by the LLM where it is named."""
+    most = min(known.passages, known.training * (context.config.groups.list_size - 1))
+    works = [Work("negatives", "negatives", "queries", most, True, stored=most * amounts.QUERY_BYTES)]
+    if context.config.llm.model:
+        works.insert(0, requests_of(context, most, None, label="generate for negatives"))
+    return works
+
+
+def training(
+    context: Context, corpora: Sequence[Known], judges: Sequence[Judge], rates: Rates
+) -> dict[str, list[Work]]:
+    """Training in its rounds, and what follows it, by stage."""
+    config, train = context.config, context.config.train
+    works: list[Work] = []
+    for number in range(train.rounds):
+        note = f", round {number + 1}" if number else ""
+        if number:  # the student of the last round retrieves, and judges; other teachers have judged much
+            again = before_training(context, corpora, judges, rates, note)
+            works += [
+                replace(work, at_most=True)
+                for name in ("encode", "retrieve", "score", "groups")
+                for work in again[name]
+            ]
+        one = one_training(context, corpora, rates, note)
+        works.append(one)
+        if (between := _between(context, corpora, one)) is not None:
+            often = amounts.refreshes(one.rows, between)
+            works += _refreshed(context, corpora, judges, rates, often)
+    after: list[Work] = []
+    for known in corpora:
+        note, systems = ", adapted", 2 + len(config.evaluate.systems)
+        after += [*encoding(context, known, rates, note), retrieval(context, known, rates, ["dense"], note)]
+        after.append(amounts.evaluate(known.test, systems, config.retrieve.depth, at_most=True))
+        passages, queries = min(layers.PASSAGES, known.passages), min(layers.QUERIES, known.test)
+        rate, student = rates.of("encode-passage"), sizes_of(context.student)
+        after.append(amounts.drift(queries, passages, student, rate, workers_of(context)))
+    return {"train": works, "evaluate": after}
+
+
+def one_training(context: Context, corpora: Sequence[Known], rates: Rates, note: str) -> Work:
+    config, train = context.config, context.config.train
+    lists, dev_texts = [], 0
+    for known in corpora:
+        dev = (
+            known.lists[1]
+            if known.lists
+            else amounts.held_out(known.training, train.dev_share, train.dev_queries)
+        )
+        all_of_it = known.lists[0] if known.lists else known.training - dev
+        lists.append(max(1, round(train.share * all_of_it)))
+        pool = min(config.teacher.depth, known.passages)
+        length = config.groups.list_size if known.dev else pool  # without judged queries, whole pools
+        texts = dev * (1 + length) + known.dev * (1 + pool)
+        dev_texts += min(texts, known.passages + known.rows)
+    return amounts.train(
+        lists, train.batch_queries, train.max_epochs, config.groups.list_size, dev_texts,
+        sizes_of(context.student), rates.of("train"), rates.of("dev"), workers_of(context), note=note,
+    )  # fmt: skip
+
+
+def _between(context: Context, corpora: Sequence[Known], one: Work) -> int | None:
+    per_epoch = max(1, int(one.rows) // context.config.train.max_epochs)
+    return refresh.steps_between(context.config.train, per_epoch)
+
+
+def _refreshed(
+    context: Context, corpora: Sequence[Known], judges: Sequence[Judge], rates: Rates, often: int
+) -> list[Work]:
+    """Encoding, search and judging once more for every refresh, beside training; one line of the table."""
+    again = before_training(context, corpora, judges, rates)
+    parts = [work for name in ("encode", "retrieve", "score") for work in again[name]]
+    return [
+        replace(
+            work, stage="refresh", label="refresh", unit="times", rows=0 if number else often, at_most=True,
+            calls=often * work.calls, tokens_in=often * work.tokens_in, tokens_out=often * work.tokens_out,
+            seconds=None if work.seconds is None else often * work.seconds, stored=often * work.stored,
+        )
+        for number, work in enumerate(parts)
+    ]  # fmt: skip
+
+
+def kept(context: Context, works: Sequence[Work]) -> list[Work]:
+    """What scores by models and replies take once more, by content."""
+    works = left(works, context.ledger.seen)
+    judged = [w for w in works if w.stage.startswith("score-") and w.calls]
+    pairs = sum(work.rows for work in judged)
+    replies = sum(work.calls for work in works if work.stage == "generate")
+    return [amounts.kept(pairs, replies)] if pairs or replies else []
