@@ -173,12 +173,19 @@ def score_parts(
 ) -> Stage:
     """Run the missing parts of a score stage and write its manifest; light: as in ``run_parts``.
 
-    Raises ``UserError`` where no pair at all could be judged.
+    Raises ``UserError`` where parts are still open, and where no pair at all could be judged: then no part
+    stays, and a later run tries again.
     """
     names = [part_name("scores", number, "parquet") for number in range(parts)]
     missing = set(target.missing(names))
     todo = [{"number": n} for n, name in enumerate(names) if name in missing]
     facts = run_parts(context, label, worker, arguments, todo, light=light)
+    if waiting := [f for f in facts if f.get("open")]:
+        raise UserError(
+            f"teacher {teacher}: {sum(f['open'] for f in waiting):,} queries have no reply, the last because of "
+            f"{waiting[-1]['error']}. What was answered is kept: run the same command again and only the "
+            "rest is asked"
+        )
     judged, cached = (sum(f[key] for f in facts) for key in ("judged", "cached"))
     there = set(target.folder.names())
     rejects = [name for n in range(parts) if (name := rejects_name(n)) in there]
@@ -188,6 +195,8 @@ def score_parts(
     pairs = sum(each(lambda name: row_count(target, name), names))
     if rejected and not pairs:
         first = target.read(rejects[0]).to_pylist()[0]
+        for name in names:
+            (target.folder / name).remove()
         raise UserError(
             f"teacher {teacher}: no pair could be judged; the first, {first['id']}: {first['detail']}"
         )

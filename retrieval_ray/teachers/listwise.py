@@ -7,9 +7,21 @@ score is minus its rank. It depends on the whole pool, so such a score belongs t
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 Messages = list[dict[str, str]]
-Ask = Callable[[list[Messages]], list[str | None]]  # prompts -> replies; None where there is none
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no reply, or no order. passing: another attempt may fare better."""
+
+    reason: str
+    detail: str
+    passing: bool = False
+
+
+Ask = Callable[[list[Messages]], list[str | Failure]]  # prompts -> replies
 
 PROMPT_VERSION = 1
 _MAX_WORDS = 300  # of a passage, as in RankGPT's code
@@ -55,26 +67,27 @@ def parse_order(reply: str, count: int) -> list[int]:
 
 def rank(
     ask: Ask, queries: Sequence[str], pools: Sequence[Sequence[str]], *, window: int, stride: int
-) -> list[list[int] | None]:
+) -> list[list[int] | Failure]:
     """Each query's pool in the model's order, as positions; the pools come in the order of retrieval.
 
-    All queries take their windows in step: one round asks for one window of each at once. None for a
-    query of which some window got no reply.
+    All queries take their windows in step: one round asks for one window of each at once. A query ends
+    with the first window that fails.
     """
-    orders: list[list[int] | None] = [list(range(len(pool))) for pool in pools]
+    orders: list[list[int] | Failure] = [list(range(len(pool))) for pool in pools]
     plans = [windows(len(pool), window, stride) for pool in pools]
     for turn in range(max(map(len, plans), default=0)):
         asked: list[tuple[int, int, list[int]]] = []  # query, first place of its window, who stands there
         for n, plan in enumerate(plans):
             order = orders[n]
-            if order is not None and turn < len(plan):
+            if not isinstance(order, Failure) and turn < len(plan):
                 first, after = plan[turn]
                 asked.append((n, first, order[first:after]))
         replies = ask([prompt(queries[n], [pools[n][at] for at in part]) for n, _, part in asked])
         for (n, first, part), reply in zip(asked, replies, strict=True):
             order = orders[n]
-            if reply is None or order is None:
-                orders[n] = None
+            assert not isinstance(order, Failure)
+            if isinstance(reply, Failure):
+                orders[n] = reply
             else:
                 order[first : first + len(part)] = [part[at] for at in parse_order(reply, len(part))]
     return orders

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval_ray.teachers.listwise import parse_order, prompt, rank, windows
+from retrieval_ray.teachers.listwise import Failure, parse_order, prompt, rank, windows
 
 
 @given(st.integers(0, 120), st.integers(2, 30), st.data())
@@ -87,14 +87,14 @@ def test_the_best_of_a_pool_is_carried_to_its_top(pools, data):
 
 
 def test_a_query_without_a_reply_has_no_order_and_the_others_have_theirs():
-    scripted = Scripted()
+    scripted, gone = Scripted(), Failure("no_reply", "HTTP 400: too long")
 
     def ask(prompts):
         return [
-            None if "broken" in m[-1]["content"] else reply
+            gone if "broken" in m[-1]["content"] else reply
             for m, reply in zip(prompts, scripted(prompts), strict=True)
         ]
 
     pools = [[f"value {n}" for n in range(9)]] * 2
     orders = rank(ask, ["broken", "whole"], pools, window=4, stride=2)
-    assert orders[0] is None and sorted(orders[1] or []) == list(range(9))
+    assert orders[0] is gone and sorted(orders[1]) == list(range(9))
