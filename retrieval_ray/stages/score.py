@@ -182,9 +182,9 @@ def score_parts(
     facts = run_parts(context, label, worker, arguments, todo, light=light)
     if waiting := [f for f in facts if f.get("open")]:
         raise UserError(
-            f"teacher {teacher}: {sum(f['open'] for f in waiting):,} queries have no reply, the last because of "
-            f"{waiting[-1]['error']}. What was answered is kept: run the same command again and only the "
-            "rest is asked"
+            f"teacher {teacher}: {sum(f['open'] for f in waiting):,} queries have no reply, the last "
+            f"because of {waiting[-1]['error']}. What was answered is kept: run the same command again "
+            "and only the rest is asked"
         )
     judged, cached = (sum(f[key] for f in facts) for key in ("judged", "cached"))
     there = set(target.folder.names())
@@ -256,6 +256,8 @@ class Scorer:
         self.tokens = query_tokens.Stored(tokens) if tokens else None
         stored = {"query_tokens": self.tokens} if self.tokens else {}
         self.teacher = _ENGINES[engine](**arguments, **stored)
+        self.answered: tuple[str, str] | None = None  # the texts of a pair of an earlier part
+        self.place: dict[str, tuple[int, int]] = {}  # where its query stands
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])
@@ -266,13 +268,21 @@ class Scorer:
         # each different pair of texts once, though it may stand there under several ids
         new = {key: at for at, key in enumerate(keys) if key not in known}
         if self.tokens is not None:
-            self.tokens.places = dict(zip(queries, pairs.places, strict=True))
+            self.tokens.places = self.place | dict(zip(queries, pairs.places, strict=True))
         at = list(new.values())
-        scores, failed = judge_pairs(self.teacher.score, [queries[i] for i in at], [passages[i] for i in at])
+        scores, failed = judge_pairs(
+            self.teacher.score,
+            [queries[i] for i in at],
+            [passages[i] for i in at],
+            answered=self.answered,
+        )
         found = {key: float(s) for key, s in zip(new, scores, strict=True) if np.isfinite(s)}
         reasons = {key: failed[n] for n, key in enumerate(new) if n in failed}
         self.cache.write(number, self.parts, list(found), list(found.values()))
         known |= found
+        if (judged := next((i for key, i in new.items() if key in found), None)) is not None:
+            self.answered = queries[judged], passages[judged]
+            self.place = {queries[judged]: pairs.places[judged]} if self.tokens else {}
         ids = list(zip(pairs.query_ids, pairs.passage_ids, keys, strict=True))
         rejects = [(f"{q} {p}", *reasons[key]) for q, p, key in ids if key in reasons]
         write_part(

@@ -138,6 +138,25 @@ def test_a_pair_that_failed_once_is_tried_again_and_its_reject_goes(
     assert target.missing([part_name("rejects", 0, "parquet")])
 
 
+def test_a_teacher_that_dies_writes_no_part_it_did_not_judge(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though each part holds but a few pairs; what was finished stays, and a rerun judges the rest."""
+    parts = [[("who", "silk")], [("who", "wool"), ("who", "salt")]]
+    scorer, target = make(parts)
+    scorer.run({"number": 0})
+
+    def dead(self: Any, queries: Any, passages: Any) -> Any:
+        raise RuntimeError("the engine has died")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the engine has died"):
+        patch.setattr(Counting, "score", dead)
+        scorer.run({"number": 1})
+    assert target.missing([part_name("scores", n, "parquet") for n in range(2)]) == ["scores-0000001.parquet"]
+    fresh, _ = make(parts)
+    assert fresh.run({"number": 1})["judged"] == 2
+
+
 def test_concurrent_writers_of_one_cache_lose_and_break_nothing(make: Callable[..., Any]) -> None:
     parts = [[(f"q{n % 7}", f"passage {part} {n}") for n in range(60)] for part in range(4)]
     scorers = [make(parts, f"run {n}") for n in range(4)]
