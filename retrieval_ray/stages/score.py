@@ -22,7 +22,7 @@ from retrieval_ray.stages import pool, query_tokens
 from retrieval_ray.stages.collection import Judged, Ranked, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.given import Given
-from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
+from retrieval_ray.stages.judges import Judge, TeacherId, arguments_of, teacher_id
 from retrieval_ray.stages.lookup import Bm25Scorer, DenseScorer
 from retrieval_ray.stages.parts import PartWorker, run_parts, small
 from retrieval_ray.stages.pool import Pairs
@@ -49,7 +49,7 @@ def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None
     teacher = teacher_id(context, judge, ranked.corpus)
     identity = {
         "version": VERSION,
-        "teacher": teacher,
+        "teacher": str(teacher),
         "retrieved": ranked.retrieved.content(),
         "depth": depth,
         **({"groups": groups.content()} if groups else {}),
@@ -60,7 +60,7 @@ def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None
         return target
     if judge.kind == "bm25":
         arguments = {
-            "teacher_id": teacher, "ranked": ranked, "depth": depth, "target": target, "groups": groups
+            "teacher_id": str(teacher), "ranked": ranked, "depth": depth, "target": target, "groups": groups
         }  # fmt: skip
         parts = int(ranked.queries.manifest()["buckets"])
         return score_parts(
@@ -69,7 +69,7 @@ def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None
     pairs = pool.run(context, ranked, depth, groups)
     parts = int(ranked.corpus.manifest()["buckets"])
     if judge.kind == "dense":
-        arguments = {"teacher_id": teacher, "ranked": ranked, "pairs": pairs, "target": target}
+        arguments = {"teacher_id": str(teacher), "ranked": ranked, "pairs": pairs, "target": target}
         return score_parts(
             context, label, DenseScorer, arguments, target, teacher, parts, light=small(ranked.corpus)
         )
@@ -87,7 +87,7 @@ def of_pairs(context: Context, judge: Judge, pairs: Stage) -> Stage:
     teacher = teacher_id(context, judge, None)
     identity = {
         "version": VERSION,
-        "teacher": teacher,
+        "teacher": str(teacher),
         "pairs": pairs.content(),
         "profile": context.profile.numeric(),
     }
@@ -136,7 +136,7 @@ def score_with_model(
     context: Context,
     label: str,
     judge: Judge,
-    teacher: str,
+    teacher: TeacherId,
     source: "PairSource",
     target: Stage,
     parts: int,
@@ -144,7 +144,7 @@ def score_with_model(
 ) -> Stage:
     """Have a model judge the pairs of ``source``, in so many parts, and finish the stage."""
     arguments: dict[str, Any] = {
-        "teacher_id": teacher,
+        "teacher_id": str(teacher),
         "source": source,
         "target": target,
         "store": context.store,
@@ -166,7 +166,7 @@ def score_parts(
     worker: type[PartWorker],
     arguments: dict[str, Any],
     target: Stage,
-    teacher: str,
+    teacher: TeacherId,
     parts: int,
     *,
     light: bool = False,
@@ -186,6 +186,8 @@ def score_parts(
             f"because of {waiting[-1]['error']}. What was answered is kept: run the same command again "
             "and only the rest is asked"
         )
+    # of the replies of a listwise teacher to this run
+    repairs = {"repaired": sum(f["repaired"] for f in facts)} if worker is ListScorer else {}
     judged, cached = (sum(f[key] for f in facts) for key in ("judged", "cached"))
     there = set(target.folder.names())
     rejects = [name for n in range(parts) if (name := rejects_name(n)) in there]
@@ -209,8 +211,11 @@ def score_parts(
         rows=pairs,
         worked=judged,
         from_cache=cached,
-        teacher=teacher,
+        teacher=str(teacher),
+        model=teacher.model,
+        settings=teacher.settings,
         rejected=dict(rejected),
+        **repairs,
     )
     return target
 

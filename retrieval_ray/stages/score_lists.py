@@ -87,10 +87,13 @@ class ListScorer:
         new = list({keys[q]: q for q in rows_of if keys[q] not in known}.values())
         self.endpoint.answered = self.endpoint.answered or bool(known)
         failed: dict[bytes, Failure] = {}
-        judged = 0
+        judged = repaired = 0
         for start in range(0, len(new), _AT_ONCE):
             some = new[start : start + _AT_ONCE]
-            orders = rank(self._ask, [texts[q] for q in some], [pools[q] for q in some], **self.windows)
+            orders, count = rank(
+                self._ask, [texts[q] for q in some], [pools[q] for q in some], **self.windows
+            )
+            repaired += count
             found: dict[bytes, list[int]] = {}
             for q, order in zip(some, orders, strict=True):
                 if isinstance(order, Failure):
@@ -112,7 +115,7 @@ class ListScorer:
                 why = failed[keys[q]]
                 rejects += [(f"{q} {p}", why.reason, why.detail) for p in ids]
         write_part(self.target, number, self.teacher_id, scored, rejects)
-        return {"judged": judged, "cached": len(scored) - judged}
+        return {"judged": judged, "cached": len(scored) - judged, "repaired": repaired}
 
     def _ask(self, prompts: list[Messages]) -> list[str | Failure]:
         return asyncio.run(self._replies(prompts))
@@ -121,6 +124,11 @@ class ListScorer:
         requests = [Request(str(n), "", "order", messages, 0) for n, messages in enumerate(prompts)]
         found: dict[int, str | Failure] = {}
         async for reply in self.endpoint.replies(requests):
-            failure = Failure("no_reply", str(reply.error), passing=not reply.refused)
-            found[int(reply.query_id)] = failure if reply.text is None else reply.text
+            if reply.text is None:
+                outcome: str | Failure = Failure("no_reply", str(reply.error), passing=not reply.refused)
+            elif reply.cut:  # its end is missing, and may be that of thoughts
+                outcome = Failure("cut", reply.text[-200:])
+            else:
+                outcome = reply.text
+            found[int(reply.query_id)] = outcome
         return [found[n] for n in range(len(prompts))]

@@ -25,6 +25,7 @@ from retrieval_ray.stages import pool, query_rows, score, score_lists
 from retrieval_ray.stages.collection import Judged, Ranked, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.judged_pools import judged_pools
+from retrieval_ray.stages.judges import TeacherId
 from retrieval_ray.stages.pool import Pairs
 from retrieval_ray.stages.profile import Profile
 from retrieval_ray.stages.retrieve import rankings_of
@@ -310,9 +311,8 @@ def score_lists_of(ranked: Ranked, tmp_path: Path) -> Callable[[], Stage]:
             "source": source, "target": target, "store": store, "parts": 2,
         }  # fmt: skip
         if context.start(target, "lists"):
-            score.score_parts(
-                context, "lists", ListScorer, arguments, target, "listwise-ranks@x", 2, light=True
-            )
+            teacher = TeacherId("listwise-ranks", "x", "1")
+            score.score_parts(context, "lists", ListScorer, arguments, target, teacher, 2, light=True)
         return target
 
     return run
@@ -350,6 +350,16 @@ def test_a_part_with_failures_that_may_pass_is_open_until_a_later_run_asks_for_t
     target = score_lists_of()
     assert sorted(asked) == ["query 3", "query 4"]
     assert target.manifest()["rows"] == 72 and target.manifest()["rejected"] == {}
+
+
+def test_replies_that_are_no_order_are_rejects_and_repairs_are_counted(
+    score_lists_of: Callable[[], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = {"query 1": fine("I cannot."), "query 2": fine("[2] > [1]", cut=True), "query 3": fine("[2]")}
+    serve(monkeypatch, lambda query: odd.get(query, fine()))
+    facts = score_lists_of().manifest()
+    assert facts["rejected"] == {"no_order": 6, "cut": 6} and facts["rows"] == 60
+    assert facts["repaired"] == 1
 
 
 def test_where_nothing_was_judged_no_part_is_taken_for_done(
