@@ -60,7 +60,7 @@ def _model(member: MemberConfig) -> Model | None:
         return None
     if member.kind == "listwise":  # of an endpoint only the name is known
         return Model(member.model, member.model)
-    return by_revision(member.model, "teacher.model")
+    return by_revision(member.model, "teacher.model", trust_remote_code=member.trust_remote_code)
 
 
 def arguments_of(context: Context, judge: Judge) -> dict[str, Any]:
