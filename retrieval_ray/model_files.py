@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrieval_ray.artifacts import Location
+from retrieval_ray.colbert import is_colbert, load_colbert
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_code import CONFIGS, Source, WithCode, put_together, repositories
 
@@ -22,7 +23,6 @@ BUNDLED = "all-MiniLM-L6-v2"
 _WEIGHTLESS = {".md", ".png"}
 _IN_FOLDER = "moe_transformer.MoETransformer"  # how modules.json names the class that lies in the folder
 _IN_PACKAGE = f"retrieval_ray.{_IN_FOLDER}"
-_PYLATE_DENSE = "pylate.models.Dense.Dense"  # ColBERT checkpoints' projection of tokens
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _folder(name: str | Location, key: str) -> str:
         if package is not None and package.origin is not None:
             return str(Path(package.origin).parent / "model")
         name = f"sentence-transformers/{BUNDLED}"
-    return _download(name, key, ["*.safetensors", "*.json", "*.txt", "*.model", "*.py"])
+    return _download(name, key, ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "artifact.metadata"])
 
 
 def _download(name: str, key: str, patterns: list[str]) -> str:
@@ -159,26 +159,22 @@ def _download(name: str, key: str, patterns: list[str]) -> str:
 def load_model(path: str, **options: Any) -> "SentenceTransformer":
     """The model in a local folder, ready to encode. options: those of ``SentenceTransformer``.
 
-    Experts are loaded with this package's own code, and PyLate's projections as sentence-transformers' own:
-    no code of the folder runs unless ``trust_remote_code`` is among the options.
+    Experts are loaded with this package's own code, and ColBERT checkpoints with sentence-transformers': no
+    code of the folder runs unless ``trust_remote_code`` is among the options.
     """
     from sentence_transformers import SentenceTransformer
 
     options = {**options, "model_kwargs": {"use_safetensors": True, **options.get("model_kwargs", {})}}
-    types = _module_types(Path(path))
-    known: dict[str, Any] = {}
-    if _PYLATE_DENSE in types:
-        from sentence_transformers.base.modules import Dense
-
-        known[_PYLATE_DENSE] = Dense
-    if types & {_IN_FOLDER, _IN_PACKAGE}:
-        from retrieval_ray.moe_transformer import MoETransformer
-
-        known |= dict.fromkeys((_IN_FOLDER, _IN_PACKAGE), MoETransformer)
-    if not known:
+    if is_colbert(Path(path)):
+        return load_colbert(path, **options)
+    if not _has_experts(Path(path)):
         return SentenceTransformer(path, **options)
+    from retrieval_ray.moe_transformer import MoETransformer
+
     # Not public, and the one way to say which class stands for a name without trusting the folder's code.
-    return SentenceTransformer._load_with_module_classes(path, known, **options)
+    return SentenceTransformer._load_with_module_classes(
+        path, dict.fromkeys((_IN_FOLDER, _IN_PACKAGE), MoETransformer), **options
+    )
 
 
 def save_model(model: "SentenceTransformer", folder: str) -> None:
@@ -189,14 +185,15 @@ def save_model(model: "SentenceTransformer", folder: str) -> None:
     modules.write_text(content.replace(f'"{_IN_PACKAGE}"', f'"{_IN_FOLDER}"'), encoding="utf-8")
 
 
-def _module_types(folder: Path) -> set[str]:
+def _has_experts(folder: Path) -> bool:
     modules = folder / "modules.json"
     if not modules.is_file():
-        return set()
+        return False
     try:
-        return {str(module["type"]) for module in json.loads(modules.read_text(encoding="utf-8"))}
+        types = [module["type"] for module in json.loads(modules.read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError):  # sentence-transformers says what is wrong with it
-        return set()
+        return False
+    return _IN_FOLDER in types or _IN_PACKAGE in types
 
 
 def hub_id(source: Source) -> tuple[str, str | None] | None:
