@@ -28,7 +28,7 @@ def teach(context: Context, until: str | None) -> str | None:
 
 def pipeline(context: Context, until: str | None) -> str:
     config = context.config
-    base = Model.of(config.reranker.base, "reranker.base")
+    base = Model.of(config.reranker.base, "reranker.base", trust_remote_code=config.teacher.trust_remote_code)
     ranked = []
     for dataset in config.corpora():
         source = open_source(dataset.path)

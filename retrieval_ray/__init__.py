@@ -16,4 +16,5 @@ def load(path: str, **options: Any) -> "SentenceTransformer":
     """
     from retrieval_ray.model_files import load_model, resolve_model
 
-    return load_model(resolve_model(path, "path"), **options)
+    trust = bool(options.get("trust_remote_code", False))
+    return load_model(resolve_model(path, "path", trust_remote_code=trust), **options)

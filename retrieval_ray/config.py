@@ -116,7 +116,7 @@ class MemberConfig:
     tokens: list[str] | None = None  # one: its logit; two: their difference; null: the kind's own
     engine: str = "transformers"  # of yes_no: transformers | vllm
     vllm: dict[str, Any] = field(default_factory=dict)  # its engine arguments
-    url: str | None = None  # of the endpoint of a listwise teacher; the rest of it as in llm
+    url: str | None = None  # of the endpoint of a listwise teacher; the rest, body too, as in llm
     window: int = 20  # passages that a listwise teacher orders at a time
     stride: int = 10  # by which its window moves, from the back to the front
     trust_remote_code: bool = False

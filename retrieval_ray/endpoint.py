@@ -53,9 +53,9 @@ class Endpoint:
 
         Raises ``UserError`` where no request can succeed: a wrong address, a key that is refused, so many
         failures in a row that the server must be down. A server that refuses one request for what is in it
-        is up, so refusals count only as long as nothing was ever answered.
+        is up, so refusals count only as long as nothing was ever answered. Failures are counted on from one
+        call to the next: many short ones learn of a dead server too.
         """
-        self._in_vain = 0
         key = self._key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         queue = iter(requests)
@@ -120,7 +120,7 @@ class Endpoint:
             if not last:
                 await asyncio.sleep(_wait(attempt, retry_after))
         self._in_vain = 0 if refused and self.answered else self._in_vain + 1
-        return Reply(request.query_id, None, problem, 0, 0)
+        return Reply(request.query_id, None, problem, 0, 0, refused=refused)
 
     def _key(self) -> str:
         return os.environ.get(self.key_variable, "").strip()

@@ -6,12 +6,15 @@ import importlib.util
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrieval_ray.artifacts import Location
+from retrieval_ray.colbert import is_colbert, load_colbert
 from retrieval_ray.errors import UserError
+from retrieval_ray.model_code import CONFIGS, Source, WithCode, put_together, repositories
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -26,24 +29,44 @@ _IN_PACKAGE = f"retrieval_ray.{_IN_FOLDER}"
 class Model:
     """A model that every machine can find: what ``resolve_model`` takes, and the hash of its files."""
 
-    source: str | Location
+    source: Source
     sha: str
 
     @classmethod
-    def of(cls, name: str, key: str) -> "Model":
-        """Find the model and hash it. Raises ``UserError`` where nothing is found."""
+    def of(cls, name: str, key: str, *, trust_remote_code: bool = False) -> "Model":
+        """Find the model and hash it. Raises ``UserError`` where nothing is found.
+
+        trust_remote_code: its code is found too, pinned and hashed, where that lies in other repositories.
+        """
         folder = resolve_model(name, key)
-        return cls(_pinned(name, Path(folder)), weights_sha(folder))
+        pinned = _pinned(name, Path(folder))
+        code = _code(Path(folder), pinned, (), key) if trust_remote_code else {}
+        if not code:
+            return cls(pinned, weights_sha(folder))
+        commits = tuple(f"{name}@{path.name}" for name, path in code.items() if path != Path(folder))
+        return cls(WithCode(pinned, commits), weights_sha(put_together(Path(folder), code)))
 
 
-def by_revision(name: str, key: str) -> Model:
+def by_revision(name: str, key: str, *, trust_remote_code: bool = False) -> Model:
     """Like ``Model.of``, but a hub id is not downloaded: its commit stands for its files.
 
     For models that the driver has no use for itself, like an LLM of many gigabytes. Where the hub cannot
-    be reached, what was once downloaded of it tells the commit.
+    be reached, what was once downloaded of it tells the commit. trust_remote_code: the commits of the
+    repositories of its code stand beside.
     """
     if hub_id(name) is None:
-        return Model.of(name, key)
+        return Model.of(name, key, trust_remote_code=trust_remote_code)
+    own = _commit(name, key)
+    if not trust_remote_code:
+        return Model(own, own)
+    configs = _download(own, key, [*CONFIGS, *(f"*/{name}" for name in CONFIGS)])
+    others = [other for other in repositories(Path(configs)) if other != own.partition("@")[0]]
+    code = tuple(_commit(other, key) for other in others)
+    return Model(WithCode(own, code), "+".join([own, *code])) if code else Model(own, own)
+
+
+def _commit(name: str, key: str) -> str:
+    """``id@commit`` of a hub id."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -59,17 +82,35 @@ def by_revision(name: str, key: str) -> Model:
             raise UserError(
                 f"{key}: no model '{name}': neither a folder nor a hub id that can be reached ({error})"
             ) from error
-    return Model(f"{repository}@{commit}", f"{repository}@{commit}")
+    return f"{repository}@{commit}"
 
 
-def resolve_model(name: str | Location, key: str) -> str:
+def resolve_model(name: Source, key: str, *, trust_remote_code: bool = False) -> str:
     """The local folder of a model: a folder, the bundled model, a URL (``s3://...``) or a hub id.
 
-    What is not local is downloaded: a URL to a
-    temporary folder, a hub id (``id`` or ``id@revision``)
-    into the hub's own cache, and of it safetensors, JSON and tokenizer files alone. Raises
-    ``UserError``, which names the config key, where nothing is found and for a folder without a model.
+    What is not local is downloaded: a URL to a temporary folder, a hub id (``id`` or ``id@revision``)
+    into the hub's own cache, and of it safetensors, JSON and tokenizer files alone. trust_remote_code: code
+    that lies in other repositories is put beside, at the commits of a ``WithCode`` or else the newest.
+    Raises ``UserError``, which names the config key, where nothing is found and for a folder without a model.
     """
+    name, pins = (name.model, name.code) if isinstance(name, WithCode) else (name, ())
+    folder = _folder(name, key)
+    code = _code(Path(folder), name, pins, key) if trust_remote_code else {}
+    return put_together(Path(folder), code) if code else folder
+
+
+def _code(folder: Path, name: str | Location, pins: Sequence[str], key: str) -> dict[str, Path]:
+    """The folders of the repositories in which a model's code lies; its own may be named among them."""
+    pinned = {pin.partition("@")[0]: pin for pin in pins}
+    own = (hub_id(name) or (None, None))[0]
+    return {
+        other: folder if other == own else Path(_download(pinned.get(other, other), key, ["*.py"]))
+        for other in repositories(folder)
+    }
+
+
+def _folder(name: str | Location, key: str) -> str:
+    """Where a model's own files lie, downloaded if need be."""
     if isinstance(name, str) and "://" in name:
         name = Location.of(name)
     if isinstance(name, Location):
@@ -91,6 +132,11 @@ def resolve_model(name: str | Location, key: str) -> str:
         if package is not None and package.origin is not None:
             return str(Path(package.origin).parent / "model")
         name = f"sentence-transformers/{BUNDLED}"
+    return _download(name, key, ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "artifact.metadata"])
+
+
+def _download(name: str, key: str, patterns: list[str]) -> str:
+    """The folder of the hub's cache that holds the files of these patterns of ``id`` or ``id@revision``."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -100,7 +146,7 @@ def resolve_model(name: str | Location, key: str) -> str:
             snapshot_download(
                 repository,
                 revision=revision or None,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"],
+                allow_patterns=patterns,
                 ignore_patterns=["onnx/*", "openvino/*"],
             )
         )
@@ -113,12 +159,14 @@ def resolve_model(name: str | Location, key: str) -> str:
 def load_model(path: str, **options: Any) -> "SentenceTransformer":
     """The model in a local folder, ready to encode. options: those of ``SentenceTransformer``.
 
-    Experts are loaded with this package's own code: no code of the folder runs unless
-    ``trust_remote_code`` is among the options.
+    Experts are loaded with this package's own code, and ColBERT checkpoints with sentence-transformers': no
+    code of the folder runs unless ``trust_remote_code`` is among the options.
     """
     from sentence_transformers import SentenceTransformer
 
     options = {**options, "model_kwargs": {"use_safetensors": True, **options.get("model_kwargs", {})}}
+    if is_colbert(Path(path)):
+        return load_colbert(path, **options)
     if not _has_experts(Path(path)):
         return SentenceTransformer(path, **options)
     from retrieval_ray.moe_transformer import MoETransformer
@@ -148,8 +196,9 @@ def _has_experts(folder: Path) -> bool:
     return _IN_FOLDER in types or _IN_PACKAGE in types
 
 
-def hub_id(source: str | Location) -> tuple[str, str | None] | None:
+def hub_id(source: Source) -> tuple[str, str | None] | None:
     """(id, revision) of a model that lies on a hub; None of one that is a folder, bundled, or a URL."""
+    source = source.model if isinstance(source, WithCode) else source
     if isinstance(source, Location) or "://" in source or Path(source).is_dir() or _is_bundled(source):
         return None
     name, _, revision = source.partition("@")

@@ -19,6 +19,7 @@ class Reply:
     tokens_in: int
     tokens_out: int
     cut: bool = False  # at the limit of tokens, so it may lack its end
+    refused: bool = False  # for what is in the request: asked again, it would be refused again
 
 
 def parse(

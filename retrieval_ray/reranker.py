@@ -101,7 +101,7 @@ def train(
 
     torch.manual_seed(settings.seed)  # the new output layer is drawn here
     model = CrossEncoder(
-        resolve_model(settings.base, "reranker.base"),
+        resolve_model(settings.base, "reranker.base", trust_remote_code=settings.trust_remote_code),
         num_labels=1,
         max_length=settings.max_tokens,
         device=settings.device,

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from retrieval_ray.artifacts import Location
 from retrieval_ray.batching import cut_chunks
 from retrieval_ray.errors import UserError
 from retrieval_ray.memory import give_back
+from retrieval_ray.model_code import Source
 from retrieval_ray.model_files import load_model, resolve_model, save_model
 from retrieval_ray.tokens import Tokens
 
 Role = Literal["query", "passage"]
-TOKEN_VECTORS = 2  # version of ``token_vectors``, for the ids of scores that are made with them
+TOKEN_VECTORS = 3  # version of ``token_vectors``, for the ids of scores that are made with them
 _PLAIN_ATTENTION_TOKENS = 512
 # What goes backward is padded to a multiple of so many tokens. Each shape costs a CPU some 4 MiB for good
 # (oneDNN keeps the kernels it made), and blocks of the same few sizes fit where others were freed.
@@ -40,7 +40,7 @@ class Student:
 
     def __init__(
         self,
-        model: str | Location,
+        model: Source,
         *,
         precision: str,
         device: str | None = None,
@@ -55,7 +55,7 @@ class Student:
 
         logging.disable_progress_bar()  # of loading weights, in every worker
 
-        path = resolve_model(model, "student.model")
+        path = resolve_model(model, "student.model", trust_remote_code=trust_remote_code)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision = precision
         try:
@@ -172,8 +172,11 @@ class Student:
     def token_vectors(self, texts: Sequence[str], role: Role, *, token_budget: int) -> list[Tensor]:
         """The last layer's normalised vector of each token of each text: a list of (T, D).
 
-        Special tokens and the prompt are left out: they match everything and say nothing.
+        Projected where the model has a projection of tokens, as ColBERT checkpoints do. Special tokens and
+        the prompt are left out: they match everything and say nothing. Raises ``UserError`` for a model that
+        does something else with its tokens.
         """
+        projections = self._projections()
         rows = self.tokenize(texts, role)
         special = set(self.model.tokenizer.all_special_ids)
         found: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -183,6 +186,8 @@ class Student:
             mask = features["attention_mask"].bool()
             with self.autocast():
                 vectors = self.model[0](features)["token_embeddings"]
+                for dense in projections:
+                    vectors = dense({dense.module_input_name: vectors})[dense.module_output_name]
             vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)
             for n, i in enumerate(chunk):
                 kept = vectors[n][mask[n]]
@@ -192,6 +197,24 @@ class Student:
                     if int(token) not in special and at >= (self._prompt_length[role] or 0)
                 ]
                 found[i] = (kept[useful] if useful else kept).cpu()
+        return found
+
+    def _projections(self) -> list[Any]:
+        """The layers that every token goes through behind the transformer: those before the pooling."""
+        from sentence_transformers.base.modules import Dense
+        from sentence_transformers.sentence_transformer.modules import Dropout, Normalize, Pooling
+
+        found, pooled = [], False
+        for module in list(self.model)[1:]:
+            pooled = pooled or isinstance(module, Pooling)
+            of_tokens = getattr(module, "module_input_name", "") == "token_embeddings" or not pooled
+            if isinstance(module, Dense) and not pooled:
+                found.append(module)
+            elif of_tokens and not isinstance(module, (Dropout, Normalize)):
+                raise UserError(
+                    f"student.model: late interaction does not know what {type(module).__name__} does with "
+                    "the vectors of tokens; take a model of a transformer, projections (Dense) and a pooling"
+                )
         return found
 
     def prepare_training(self) -> None:

@@ -303,6 +303,7 @@ def test_a_request_that_is_itself_wrong_is_asked_once(status: int) -> None:
 
     replies = ask(handler, requests(3), retries=6)
     assert [reply.error for reply in replies] == [None, f"HTTP {status}: maximum context length", None]
+    assert [reply.refused for reply in replies] == [False, True, False]
     assert asked == {0: 1, 1: 1, 2: 1}
 
 
@@ -470,6 +471,31 @@ def test_what_no_request_can_pass_is_the_users_error(status: int, says: str) -> 
 
     asyncio.run(run())
     assert asked <= 8 and noticed == []
+
+
+def test_many_short_calls_learn_of_a_dead_server_too() -> None:
+    """Rounds of fewer requests than it takes to give up, one event loop after the other."""
+    asked = 0
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        return _response("down", 503)
+
+    dead: Endpoint | None = None
+
+    async def round_of(number: int) -> list[Reply]:
+        nonlocal dead
+        async with serving(handler) as url:
+            dead = dead or client(url, concurrency=4, retries=0)
+            dead.url = f"{url}/chat/completions"
+            return [reply async for reply in dead.replies(requests(number))]
+
+    replies = asyncio.run(round_of(40))
+    assert len(replies) == 40 and not any(reply.refused for reply in replies)
+    with pytest.raises(UserError, match=r"5\d requests in a row failed, the last with: HTTP 503"):
+        asyncio.run(round_of(40))
+    assert asked < 70
 
 
 def test_a_refused_request_without_a_key_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

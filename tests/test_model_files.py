@@ -1,6 +1,7 @@
 """Where a model's files come from, and the hash that stands for them."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from pyarrow import fs
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.errors import UserError
-from retrieval_ray.model_files import BUNDLED, Model, by_revision, resolve_model, weights_sha
+from retrieval_ray.model_code import WithCode, put_together, repositories
+from retrieval_ray.model_files import BUNDLED, Model, by_revision, hub_id, resolve_model, weights_sha
 from retrieval_ray.student import Student
 
 
@@ -90,6 +92,88 @@ def test_every_machine_is_told_the_same_files(student_folder, tmp_path, monkeypa
     assert model.source == f"team/model@{commit}"
     resolve_model(model.source, "student.model")
     assert asked == [("team/model", "main"), ("team/model", commit)]
+
+
+IMPLEMENTATION = {
+    "modeling_own.py": "from transformers import BertModel\nfrom .own_parts import Own\n\n"
+    "class OwnModel(Own, BertModel):\n    pass\n",
+    "own_parts.py": "class Own:\n    shift = 1\n",
+}
+
+
+@pytest.fixture
+def hub(student_folder, tmp_path, monkeypatch):
+    """A hub with ``team/model``, whose code lies in ``team/code``; what was downloaded of it, in order."""
+    import huggingface_hub
+
+    model, code = (tmp_path / name / "snapshots" / f"{name}-commit" for name in ("model", "code"))
+    shutil.copytree(student_folder, model)
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "team/code--modeling_own.OwnModel"}
+    (model / "config.json").write_text(json.dumps(config))
+    code.mkdir(parents=True)
+    for name, text in IMPLEMENTATION.items():
+        (code / name).write_text(text)
+    asked = []
+
+    def download(repository: str, revision: str | None, **patterns: object) -> str:
+        asked.append((repository, revision))
+        return str({"team/model": model, "team/code": code}[repository])
+
+    class Hub:
+        def model_info(self, repository: str, revision: str | None) -> object:
+            return type("Info", (), {"sha": f"{repository.partition('/')[2]}-commit"})
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return code, asked
+
+
+def test_code_in_another_repository_is_pinned_hashed_and_loaded(hub, student_folder):
+    code, asked = hub
+    plain = Model.of("team/model", "student.model")
+    assert asked == [("team/model", None)] and plain.source == "team/model@model-commit"
+    model = Model.of("team/model", "student.model", trust_remote_code=True)
+    assert model.source == WithCode("team/model@model-commit", ("team/code@code-commit",))
+    assert model.sha != plain.sha and hub_id(model.source) == ("team/model", "model-commit")
+
+    del asked[:]
+    student = Student(model.source, precision="float32", device="cpu", trust_remote_code=True)
+    assert asked == [("team/model", "model-commit"), ("team/code", "code-commit")]
+    loaded = student.model[0].auto_model
+    assert type(loaded).__name__ == "OwnModel" and loaded.shift == 1
+    own = _student(student_folder).encode(["silk"], "query", token_budget=64)
+    assert (student.encode(["silk"], "query", token_budget=64) == own).all()
+
+    (code / "own_parts.py").write_text("class Own:\n    shift = 2\n")
+    assert Model.of("team/model", "student.model", trust_remote_code=True).sha != model.sha
+
+
+def test_the_commits_of_code_stand_beside_that_of_a_model_that_is_not_downloaded(hub):
+    assert by_revision("team/model", "k") == Model("team/model@model-commit", "team/model@model-commit")
+    found = by_revision("team/model", "k", trust_remote_code=True)
+    assert found.source == WithCode("team/model@model-commit", ("team/code@code-commit",))
+    assert found.sha == "team/model@model-commit+team/code@code-commit"
+
+
+def test_files_of_one_name_from_two_repositories_are_refused(tmp_path):
+    model, code = tmp_path / "model", {}
+    for name in ("a", "b"):
+        code[f"team/{name}"] = tmp_path / name
+        code[f"team/{name}"].mkdir()
+        (tmp_path / name / "same.py").write_text("x = 1")
+    model.mkdir()
+    references = {"AutoConfig": "team/a--same.C", "AutoTokenizer": ["team/b--same.D", None]}
+    (model / "config.json").write_text(json.dumps({"auto_map": references}))
+    (model / "same.py").write_text("x = 0")  # the model's own is not the one that is named
+    assert repositories(model) == ["team/a", "team/b"]
+    made = Path(put_together(model, code))
+    found = json.loads((made / "config.json").read_text())
+    assert found == {"auto_map": {"AutoConfig": "same.C", "AutoTokenizer": ["same.D", None]}}
+    assert (made / "same.py").read_text() == "x = 1"
+    (tmp_path / "b" / "same.py").write_text("x = 2")
+    with pytest.raises(UserError, match=r"several repositories.*same\.py"):
+        put_together(model, code)
 
 
 def test_a_model_on_a_hub_is_named_by_its_commit_without_a_download_and_offline_too(tmp_path, monkeypatch):

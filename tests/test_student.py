@@ -1,11 +1,15 @@
 """The student against sentence-transformers itself: same tokens, prompts, pooling and vectors."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling, Transformer
 
 from retrieval_ray.errors import UserError
 from retrieval_ray.student import Student
@@ -184,6 +188,55 @@ def test_token_vectors_are_the_last_layer_without_special_tokens(student_folder,
             kept = [token > 4 for token in features["input_ids"][0].tolist()]
             expected = torch.nn.functional.normalize(states[kept], dim=-1)
             torch.testing.assert_close(found[n], expected, atol=1e-5, rtol=0)
+
+
+PROJECTED = ["tokens", "before pooling", "ColBERT", "MultiVectorEncoder", "SentenceTransformer", "stanford"]
+
+
+@pytest.mark.parametrize("kind", PROJECTED)
+def test_token_vectors_go_through_the_projection_of_tokens(bert_folder, texts, tmp_path, kind):
+    """As in ColBERT checkpoints; PyLate's name for the layer is read without PyLate."""
+    of = "token_embeddings" if kind in ("tokens", "MultiVectorEncoder") else "sentence_embedding"
+    torch.manual_seed(0)
+    dense = Dense(32, 8, bias=False, activation_function=torch.nn.Identity(), module_input_name=of)
+    modules = [Transformer(bert_folder), dense]
+    if kind == "stanford":
+        shutil.copytree(bert_folder, tmp_path, dirs_exist_ok=True)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["HF_ColBERT"]}))
+        weights = load_file(tmp_path / "model.safetensors") | {"linear.weight": dense.linear.weight.detach()}
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    else:
+        SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path), create_model_card=False)
+        described = json.loads((tmp_path / "modules.json").read_text())
+        if kind in ("ColBERT", "SentenceTransformer"):
+            described[1]["type"] = "pylate.models.Dense.Dense"
+        if kind == "before pooling":
+            pooling = {"name": "2", "path": "2_Pooling", "type": "sentence_transformers.models.Pooling"}
+            described[2:] = [{"idx": 2, **pooling}]
+            (tmp_path / "2_Pooling").mkdir()
+            Pooling(8).save(str(tmp_path / "2_Pooling"))
+        (tmp_path / "modules.json").write_text(json.dumps(described))
+        if kind in ("ColBERT", "MultiVectorEncoder"):
+            (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"model_type": kind}))
+    student = _student(str(tmp_path))
+    (found,) = student.token_vectors(texts[:1], "passage", token_budget=300)
+    plain = _student(bert_folder, passage_prompt=student.prompts["passage"])
+    (states,) = plain.token_vectors(texts[:1], "passage", token_budget=300)  # of length 1
+    expected = torch.nn.functional.normalize(states.clone() @ dense.linear.weight.T, dim=-1)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
+
+
+def test_what_else_is_done_with_tokens_is_refused_by_late_interaction_and_what_follows_pooling_is_not(
+    bert_folder, tmp_path
+):
+    first, pooling, layer = Transformer(bert_folder), Pooling(32), LayerNorm(32)
+    for name, modules in (("before", [first, layer]), ("after", [first, pooling, layer, Dense(32, 8)])):
+        folder = str(tmp_path / name)
+        SentenceTransformer(modules=modules, device="cpu").save(folder, create_model_card=False)
+    assert len(_student(str(tmp_path / "after")).token_vectors(["silk"], "query", token_budget=64)) == 1
+    with pytest.raises(UserError, match="LayerNorm"):
+        _student(str(tmp_path / "before")).token_vectors(["silk"], "query", token_budget=64)
 
 
 def test_a_text_without_words_keeps_its_special_tokens(student_folder):

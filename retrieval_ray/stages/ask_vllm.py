@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from retrieval_ray.artifacts import Location, Stage
+from retrieval_ray.artifacts import Stage
 from retrieval_ray.config import LlmConfig, to_dict
 from retrieval_ray.errors import UserError
+from retrieval_ray.model_code import Source
 from retrieval_ray.model_files import Model, hub_id, resolve_model
 from retrieval_ray.progress import progress
 from retrieval_ray.prompts import JSON_SCHEMA, Request
@@ -125,9 +126,7 @@ def sampling(config: LlmConfig) -> dict[str, Any]:
 class Prompts:
     """Messages -> the token ids that the model is given, its chat template applied once."""
 
-    def __init__(
-        self, model: str | Location, chat_template: Mapping[str, Any], *, trust_remote_code: bool
-    ) -> None:
+    def __init__(self, model: Source, chat_template: Mapping[str, Any], *, trust_remote_code: bool) -> None:
         from transformers import AutoTokenizer
 
         # Of a model on a hub the tokenizer alone is fetched: the weights go to the engines.
@@ -191,7 +190,7 @@ def _check(engine: Mapping[str, Any], replicas: int, there: Mapping[str, float],
 class _Tokenizer:
     """Blocks of requests -> rows for the engine. What cannot be a prompt is noted as failed at once."""
 
-    def __init__(self, asking: Asking, model: str | Location, config: dict[str, Any]) -> None:
+    def __init__(self, asking: Asking, model: Source, config: dict[str, Any]) -> None:
         self.asking, engine = asking, config["vllm"]
         trust = bool(engine.get("trust_remote_code", False))
         self.prompts = Prompts(model, config["chat_template"], trust_remote_code=trust)

@@ -52,7 +52,10 @@ class Context:
     @functools.cached_property
     def student(self) -> Model:
         """The student. Raises ``UserError`` where the config's is nowhere."""
-        return self.chosen_student or Model.of(self.config.student.model, "student.model")
+        config = self.config.student
+        return self.chosen_student or Model.of(
+            config.model, "student.model", trust_remote_code=config.trust_remote_code
+        )
 
     def start(self, stage: Stage, label: str) -> bool:
         """Whether this stage must be worked on. Says so when it is reused.

@@ -6,7 +6,7 @@ parts it has read, named by their content, among its temporary files.
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -110,7 +110,9 @@ def _shares(context: Context, target: Stage, names: list[str]) -> list[list[int]
 
 def with_model(context: Context, name: str, student: StudentConfig) -> Context:
     """The same run with another model in the student's place."""
-    model = Model.of(student.model, f"retrieve.models.{name}.model")
+    model = Model.of(
+        student.model, f"retrieve.models.{name}.model", trust_remote_code=student.trust_remote_code
+    )
     return replace(context, config=replace(context.config, student=student), chosen_student=model)
 
 
@@ -154,10 +156,13 @@ def student_identity(context: Context) -> dict[str, Any]:
 class Vectors:
     """The vectors of some parts of an encode stage (None: all), mapped; read when they are asked for."""
 
-    def __init__(self, stage: Stage, parts: Sequence[int] | None = None) -> None:
-        self._folder = stage.folder
-        self._hashes: dict[str, str] = {}  # what copies of a remote store are named by
-        if parts is None or not stage.folder.is_local:
+    def __init__(
+        self, stage: Stage, parts: Sequence[int] | None = None, hashes: Mapping[str, str] | None = None
+    ) -> None:
+        """hashes: by file, where they are known already; what copies of a remote store are named by."""
+        self._stage, self._folder = stage, stage.folder
+        self._hashes = hashes or {}
+        if parts is None or (hashes is None and not stage.folder.is_local):
             manifest = stage.manifest()
             parts = range(int(manifest["buckets"])) if parts is None else parts
             self._hashes = manifest["parts"]
@@ -166,6 +171,10 @@ class Vectors:
     @classmethod
     def all(cls, stage: Stage) -> "Vectors":
         return cls(stage)
+
+    def part(self, number: int) -> "Vectors":
+        """Those of one part, this one's or another; the manifest is not read again."""
+        return Vectors(self._stage, [number], self._hashes)
 
     def blocks(self) -> Iterator[Block]:
         """(ids, vectors_ND) part by part; the vectors are views of the mapped file."""

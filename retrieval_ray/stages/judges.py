@@ -33,6 +33,23 @@ class Judge:
         return self.config.kind
 
 
+@dataclass(frozen=True)
+class TeacherId:
+    """Everything that decides a score beside the two texts; as text, ``KIND@MODEL-SETTINGS``.
+
+    A score is kept under this name and the texts, by every run of a store. ``ranks`` in the kind says that
+    the scores are an order of the whole pool and nothing more. model: a commit with its repository, the
+    beginning of a hash, a name: it may hold any character, so it cannot be read out of the text.
+    """
+
+    kind: str
+    model: str
+    settings: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}@{self.model}-{self.settings}"
+
+
 def judges_of(context: Context) -> list[Judge]:
     """The teachers of the config. Raises ``UserError`` where a model is nowhere."""
     return [Judge(name, member, _model(member)) for name, member in context.config.teacher.named().items()]
@@ -43,7 +60,7 @@ def _model(member: MemberConfig) -> Model | None:
         return None
     if member.kind == "listwise":  # of an endpoint only the name is known
         return Model(member.model, member.model)
-    return by_revision(member.model, "teacher.model")
+    return by_revision(member.model, "teacher.model", trust_remote_code=member.trust_remote_code)
 
 
 def arguments_of(context: Context, judge: Judge) -> dict[str, Any]:
@@ -75,32 +92,28 @@ def arguments_of(context: Context, judge: Judge) -> dict[str, Any]:
     return found | {"token_budget": profile.token_budget, "device": profile.device}
 
 
-def teacher_id(context: Context, judge: Judge, corpus: Stage | None) -> str:
-    """Everything that decides a score beside the two texts; corpus: whose words BM25 weighs.
-
-    A score is kept under this name and the texts, by every run of a store. ``ranks`` in it says that the
-    scores are an order of the whole pool and nothing more.
-    """
+def teacher_id(context: Context, judge: Judge, corpus: Stage | None) -> TeacherId:
+    """A teacher's model and settings; corpus: whose words BM25 weighs."""
     config, profile = judge.config, context.profile
     if judge.kind == "bm25":
         assert corpus is not None
-        return f"bm25@{corpus.fingerprint}-{bm25.VERSION}"
+        return TeacherId("bm25", corpus.fingerprint, str(bm25.VERSION))
     if judge.kind == "listwise":
-        order = [listwise.PROMPT_VERSION, config.window, config.stride, config.max_tokens]
-        return f"listwise-ranks@{config.model}-{digest(order)[:12]}"
+        versions = [listwise.PROMPT_VERSION, listwise.ORDERS_VERSION]
+        order = [*versions, config.window, config.stride, _body(context, judge)]
+        return TeacherId("listwise-ranks", str(config.model), digest(order)[:12])
     numbers = "-".join(map(str, profile.numeric().values()))
     if judge.kind in MODELS:
         assert judge.model is not None
         asked = _asked(config) | (_engine(config) if config.engine == "vllm" else {})
-        return f"{judge.kind}@{_short(judge.model)}-{config.max_tokens}-{profile.precision}" + (
-            f"-{digest(asked)[:12]}" if asked else ""
-        )
+        settings = [str(config.max_tokens), profile.precision, *([digest(asked)[:12]] if asked else [])]
+        return TeacherId(judge.kind, _short(judge.model), "-".join(settings))
     if judge.model is not None:
-        return f"late@{_short(judge.model)}-{numbers}-{config.max_tokens}-v{TOKEN_VECTORS}"
+        return TeacherId("late", _short(judge.model), f"{numbers}-{config.max_tokens}-v{TOKEN_VECTORS}")
     student = student_identity(context)
     settings = [f"{key}={student[key]!r}" for key in sorted(student) if key != "sha"]
     version = f"-v{TOKEN_VECTORS}" if judge.kind == "late" else ""
-    return f"{judge.kind}@{context.student.sha[:16]}-{numbers}-{'-'.join(settings)}{version}"
+    return TeacherId(judge.kind, context.student.sha[:16], f"{numbers}-{'-'.join(settings)}{version}")
 
 
 def _asked(config: MemberConfig) -> dict[str, Any]:
@@ -142,19 +155,25 @@ def _vllm(context: Context, config: MemberConfig) -> dict[str, Any]:
 
 def _endpoint(context: Context, judge: Judge) -> dict[str, Any]:
     """Arguments of ``Endpoint`` for a listwise teacher: its own address, the rest as the config's llm."""
-    config, llm = judge.config, context.config.llm
-    body: dict[str, Any] = {"model": config.model, "temperature": 0.0, "max_tokens": config.max_tokens}
-    if llm.chat_template:
-        body["chat_template_kwargs"] = dict(llm.chat_template)
+    llm = context.config.llm
     return {
-        "url": str(config.url),
-        "body": body,
+        "url": str(judge.config.url),
+        "body": _body(context, judge),
         "key_variable": llm.key_variable,
         "concurrency": llm.concurrency,
         "timeout_seconds": llm.timeout_seconds,
         "retries": llm.retries,
         "section": "teacher",
     }
+
+
+def _body(context: Context, judge: Judge) -> dict[str, Any]:
+    """What every request of a listwise teacher says beside its messages."""
+    config, llm = judge.config, context.config.llm
+    body: dict[str, Any] = {"model": config.model, "temperature": 0.0, "max_tokens": config.max_tokens}
+    if llm.chat_template:
+        body["chat_template_kwargs"] = dict(llm.chat_template)
+    return body | dict(llm.body)
 
 
 def _short(model: Model) -> str:

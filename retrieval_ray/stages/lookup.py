@@ -20,13 +20,13 @@ class DenseScorer:
 
     def __init__(self, teacher_id: str, ranked: Ranked, pairs: Stage, target: Stage) -> None:
         self.teacher_id, self.pool, self.target = teacher_id, pairs, target
-        self.corpus, self.passages = ranked.corpus, ranked.passages
+        self.corpus, self.passages = ranked.corpus, Vectors(ranked.passages, [])
         self.queries = QueryRows(ranked.query_vectors, "vectors")
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])
         pairs = pool.read(self.pool, self.corpus, number)
-        vectors = Vectors(self.passages, [number])
+        vectors = self.passages.part(number)
         row_of = {passage_id: row for row, passage_id in enumerate(vectors.ids)}
         query_D = self.queries.take(pairs.places, "vector")
         by_query: dict[tuple[int, int], list[int]] = defaultdict(list)

@@ -17,22 +17,24 @@ from retrieval_ray.stages.scores import all_scores
 def run(context: Context, judged: Judged) -> list[dict[str, Any]]:
     """This run's scores beside other finished ones by the same weights, on the pairs that both judged.
 
-    Others are score stages of this store over the same corpus and queries whose teacher's id
-    (``NAME@WEIGHTS-SETTINGS``) differs in its settings alone: precision, engine, lengths. Nothing is judged
-    for this: where there is no such stage, nothing is compared.
+    Others are score stages of this store over the same corpus and queries whose teacher has the same model
+    and other settings: precision, engine, lengths. Nothing is judged for this: where there is no such stage,
+    nothing is compared, nor where a manifest is so old that it does not name the model.
     """
     found: list[dict[str, Any]] = []
     same_data = _same_data(context.store, judged.retrieved)
     for own in judged.scores.values():
-        ours = str(own.manifest()["teacher"])
+        ours = own.manifest()
         for other in _stages(context.store, f"{own.name}-"):
-            theirs = str(other.manifest()["teacher"])
-            same_weights = theirs.partition("-")[0] == ours.partition("-")[0]
-            if theirs == ours or not same_weights or other.identity["retrieved"] not in same_data:
+            theirs = other.manifest()
+            if "model" not in ours or theirs.get("model") != ours["model"]:
+                continue
+            if theirs["settings"] == ours["settings"] or other.identity.get("retrieved") not in same_data:
                 continue
             one_N, other_N = _shared(own, other)
             if len(one_N):
-                found.append({"ours": ours, "theirs": theirs, **asdict(trust.parity(one_N, other_N))})
+                names = {"ours": ours["teacher"], "theirs": theirs["teacher"]}
+                found.append({**names, **asdict(trust.parity(one_N, other_N))})
     return found
 
 

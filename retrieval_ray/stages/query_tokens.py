@@ -26,7 +26,7 @@ def run(context: Context, judge: Judge, collection: Collection) -> Stage:
     identity = {
         "version": VERSION,
         "queries": queries.content(),
-        "teacher": teacher_id(context, judge, None),
+        "teacher": str(teacher_id(context, judge, None)),
     }
     target = stage(context.store, "query-tokens", identity)
     label = f"query tokens for {judge.name}"

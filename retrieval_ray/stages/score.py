@@ -22,7 +22,7 @@ from retrieval_ray.stages import pool, query_tokens
 from retrieval_ray.stages.collection import Judged, Ranked, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.given import Given
-from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
+from retrieval_ray.stages.judges import Judge, TeacherId, arguments_of, teacher_id
 from retrieval_ray.stages.lookup import Bm25Scorer, DenseScorer
 from retrieval_ray.stages.meter import Counted
 from retrieval_ray.stages.parts import PartWorker, run_parts, small
@@ -50,7 +50,7 @@ def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None
     teacher = teacher_id(context, judge, ranked.corpus)
     identity = {
         "version": VERSION,
-        "teacher": teacher,
+        "teacher": str(teacher),
         "retrieved": ranked.retrieved.content(),
         "depth": depth,
         **({"groups": groups.content()} if groups else {}),
@@ -61,7 +61,7 @@ def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None
         return target
     if judge.kind == "bm25":
         arguments = {
-            "teacher_id": teacher, "ranked": ranked, "depth": depth, "target": target, "groups": groups
+            "teacher_id": str(teacher), "ranked": ranked, "depth": depth, "target": target, "groups": groups
         }  # fmt: skip
         parts = int(ranked.queries.manifest()["buckets"])
         return score_parts(
@@ -78,7 +78,7 @@ def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None
     pairs = pool.run(context, ranked, depth, groups)
     parts = int(ranked.corpus.manifest()["buckets"])
     if judge.kind == "dense":
-        arguments = {"teacher_id": teacher, "ranked": ranked, "pairs": pairs, "target": target}
+        arguments = {"teacher_id": str(teacher), "ranked": ranked, "pairs": pairs, "target": target}
         return score_parts(
             context,
             label,
@@ -104,7 +104,7 @@ def of_pairs(context: Context, judge: Judge, pairs: Stage) -> Stage:
     teacher = teacher_id(context, judge, None)
     identity = {
         "version": VERSION,
-        "teacher": teacher,
+        "teacher": str(teacher),
         "pairs": pairs.content(),
         "profile": context.profile.numeric(),
     }
@@ -153,7 +153,7 @@ def score_with_model(
     context: Context,
     label: str,
     judge: Judge,
-    teacher: str,
+    teacher: TeacherId,
     source: "PairSource",
     target: Stage,
     parts: int,
@@ -165,7 +165,7 @@ def score_with_model(
     collection: what the pairs are counted on.
     """
     arguments: dict[str, Any] = {
-        "teacher_id": teacher,
+        "teacher_id": str(teacher),
         "source": source,
         "target": target,
         "store": context.store,
@@ -187,7 +187,7 @@ def score_parts(
     worker: type[PartWorker],
     arguments: dict[str, Any],
     target: Stage,
-    teacher: str,
+    teacher: TeacherId,
     parts: int,
     collection: str,
     *,
@@ -195,13 +195,22 @@ def score_parts(
 ) -> Stage:
     """Run the missing parts of a score stage and write its manifest; light: as in ``run_parts``.
 
-    Raises ``UserError`` where no pair at all could be judged.
+    Raises ``UserError`` where parts are still open, and where no pair at all could be judged: then no part
+    stays, and a later run tries again.
     """
     names = [part_name("scores", number, "parquet") for number in range(parts)]
     missing = set(target.missing(names))
     todo = [{"number": n} for n, name in enumerate(names) if name in missing]
     counted = Counted(target.name, collection, rows="judged")
     facts = run_parts(context, label, worker, arguments, todo, light=light, counted=counted)
+    if waiting := [f for f in facts if f.get("open")]:
+        raise UserError(
+            f"teacher {teacher}: {sum(f['open'] for f in waiting):,} queries have no reply, the last "
+            f"because of {waiting[-1]['error']}. What was answered is kept: run the same command again "
+            "and only the rest is asked"
+        )
+    # of the replies of a listwise teacher to this run
+    repairs = {"repaired": sum(f["repaired"] for f in facts)} if worker is ListScorer else {}
     judged, cached = (sum(f[key] for f in facts) for key in ("judged", "cached"))
     there = set(target.folder.names())
     rejects = [name for n in range(parts) if (name := rejects_name(n)) in there]
@@ -211,6 +220,8 @@ def score_parts(
     pairs = sum(each(lambda name: row_count(target, name), names))
     if rejected and not pairs:
         first = target.read(rejects[0]).to_pylist()[0]
+        for name in names:
+            (target.folder / name).remove()
         raise UserError(
             f"teacher {teacher}: no pair could be judged; the first, {first['id']}: {first['detail']}"
         )
@@ -223,8 +234,11 @@ def score_parts(
         rows=pairs,
         worked=judged,
         from_cache=cached,
-        teacher=teacher,
+        teacher=str(teacher),
+        model=teacher.model,
+        settings=teacher.settings,
         rejected=dict(rejected),
+        **repairs,
     )
     return target
 
@@ -270,6 +284,8 @@ class Scorer:
         self.tokens = query_tokens.Stored(tokens) if tokens else None
         stored = {"query_tokens": self.tokens} if self.tokens else {}
         self.teacher = _ENGINES[engine](**arguments, **stored)
+        self.answered: tuple[str, str] | None = None  # the texts of a pair of an earlier part
+        self.place: dict[str, tuple[int, int]] = {}  # where its query stands
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])
@@ -280,13 +296,21 @@ class Scorer:
         # each different pair of texts once, though it may stand there under several ids
         new = {key: at for at, key in enumerate(keys) if key not in known}
         if self.tokens is not None:
-            self.tokens.places = dict(zip(queries, pairs.places, strict=True))
+            self.tokens.places = self.place | dict(zip(queries, pairs.places, strict=True))
         at = list(new.values())
-        scores, failed = judge_pairs(self.teacher.score, [queries[i] for i in at], [passages[i] for i in at])
+        scores, failed = judge_pairs(
+            self.teacher.score,
+            [queries[i] for i in at],
+            [passages[i] for i in at],
+            answered=self.answered,
+        )
         found = {key: float(s) for key, s in zip(new, scores, strict=True) if np.isfinite(s)}
         reasons = {key: failed[n] for n, key in enumerate(new) if n in failed}
         self.cache.write(number, self.parts, list(found), list(found.values()))
         known |= found
+        if (judged := next((i for key, i in new.items() if key in found), None)) is not None:
+            self.answered = queries[judged], passages[judged]
+            self.place = {queries[judged]: pairs.places[judged]} if self.tokens else {}
         ids = list(zip(pairs.query_ids, pairs.passage_ids, keys, strict=True))
         rejects = [(f"{q} {p}", *reasons[key]) for q, p, key in ids if key in reasons]
         write_part(

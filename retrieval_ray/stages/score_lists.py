@@ -5,6 +5,7 @@ of retrieval; a pool that gains a passage is ordered anew.
 """
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from retrieval_ray.stages.collection import Ranked
 from retrieval_ray.stages.encode import part_texts
 from retrieval_ray.stages.pool import Pairs
 from retrieval_ray.stages.scores import write_part
-from retrieval_ray.teachers.listwise import Messages, rank
+from retrieval_ray.teachers.listwise import Failure, Messages, rank
 
 ORDER = pa.list_(pa.int32())  # positions in the pool, best first
 _AT_ONCE = 64  # queries that take their windows together, and are then kept
@@ -52,7 +53,11 @@ class PooledByQuery:
 
 
 class ListScorer:
-    """Orders the pools of one part of queries."""
+    """Orders the pools of one part of queries.
+
+    A part of which some request failed in a way that may pass is not written; it returns how many queries
+    are ``open`` and the last ``error``, and a later run asks for these alone.
+    """
 
     def __init__(
         self,
@@ -67,7 +72,7 @@ class ListScorer:
     ) -> None:
         self.teacher_id, self.source, self.target, self.parts = teacher_id, source, target, parts
         self.windows = {"window": window, "stride": stride}
-        self.endpoint = endpoint
+        self.endpoint = Endpoint(**endpoint)  # one for all parts, so that it learns of a dead server
         self.cache = ContentCache(store / "orders", teacher_id, ORDER)
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
@@ -81,14 +86,26 @@ class ListScorer:
         keys = {q: self.cache.key(texts[q], "\0".join(pools[q])) for q in rows_of}
         known = self.cache.read(number, self.parts)
         new = list({keys[q]: q for q in rows_of if keys[q] not in known}.values())
-        judged = 0
+        self.endpoint.answered = self.endpoint.answered or bool(known)
+        failed: dict[bytes, Failure] = {}
+        judged = repaired = 0
         for start in range(0, len(new), _AT_ONCE):
             some = new[start : start + _AT_ONCE]
-            orders = rank(self._ask, [texts[q] for q in some], [pools[q] for q in some], **self.windows)
-            found = {keys[q]: order for q, order in zip(some, orders, strict=True) if order is not None}
+            orders, count = rank(
+                self._ask, [texts[q] for q in some], [pools[q] for q in some], **self.windows
+            )
+            repaired += count
+            found: dict[bytes, list[int]] = {}
+            for q, order in zip(some, orders, strict=True):
+                if isinstance(order, Failure):
+                    failed[keys[q]] = order
+                else:
+                    found[keys[q]] = order
             self.cache.write(number, self.parts, list(found), list(found.values()))
             known.update(found)
             judged += sum(map(len, found.values()))
+        if waiting := [failure for failure in failed.values() if failure.passing]:
+            return {"judged": judged, "cached": 0, "open": len(waiting), "error": waiting[-1].detail}
         scored: list[tuple[str, str, float]] = []
         rejects: list[Reject] = []
         for q, rows in rows_of.items():
@@ -96,17 +113,28 @@ class ListScorer:
             if keys[q] in known:
                 scored += [(q, ids[at], -float(rank)) for rank, at in enumerate(known[keys[q]], start=1)]
             else:
-                rejects += [(f"{q} {p}", "no_reply", "a window of its pool") for p in ids]
+                why = failed[keys[q]]
+                rejects += [(f"{q} {p}", why.reason, why.detail) for p in ids]
         write_part(self.target, number, self.teacher_id, scored, rejects)
-        errors = {"no_reply": len(rejects)}
-        return {"judged": judged, "cached": len(scored) - judged, "errors": errors}
+        return {
+            "judged": judged,
+            "cached": len(scored) - judged,
+            "repaired": repaired,
+            "errors": dict(Counter(reason for _, reason, _ in rejects)),
+        }
 
-    def _ask(self, prompts: list[Messages]) -> list[str | None]:
+    def _ask(self, prompts: list[Messages]) -> list[str | Failure]:
         return asyncio.run(self._replies(prompts))
 
-    async def _replies(self, prompts: list[Messages]) -> list[str | None]:
+    async def _replies(self, prompts: list[Messages]) -> list[str | Failure]:
         requests = [Request(str(n), "", "order", messages, 0) for n, messages in enumerate(prompts)]
-        found: list[str | None] = [None] * len(prompts)
-        async for reply in Endpoint(**self.endpoint).replies(requests):
-            found[int(reply.query_id)] = reply.text
-        return found
+        found: dict[int, str | Failure] = {}
+        async for reply in self.endpoint.replies(requests):
+            if reply.text is None:
+                outcome: str | Failure = Failure("no_reply", str(reply.error), passing=not reply.refused)
+            elif reply.cut:  # its end is missing, and may be that of thoughts
+                outcome = Failure("cut", reply.text[-200:])
+            else:
+                outcome = reply.text
+            found[int(reply.query_id)] = outcome
+        return [found[n] for n in range(len(prompts))]

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_ray.artifacts import Location
 from retrieval_ray.errors import UserError
+from retrieval_ray.model_code import Source
 from retrieval_ray.model_files import resolve_model
 from retrieval_ray.teachers import yes_no
 from retrieval_ray.teachers.loading import KEY, load_tokenizer, token_ids
@@ -27,7 +27,7 @@ class VllmYesNo:
 
     def __init__(
         self,
-        model: str | Location,
+        model: Source,
         *,
         max_tokens: int,
         template: str,
@@ -62,7 +62,7 @@ class VllmYesNo:
                     | {"max_model_len": max_tokens + 1}
                     | engine
                     | {
-                        "model": resolve_model(model, KEY),
+                        "model": resolve_model(model, KEY, trust_remote_code=trust_remote_code),
                         "trust_remote_code": trust_remote_code,
                         "logprobs_mode": "raw_logits",
                         "disable_log_stats": True,

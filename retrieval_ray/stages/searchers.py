@@ -64,7 +64,8 @@ class Searcher:
             for number in numbers:
                 self._write(names[number], self._by_terms(number), retriever)
             return {}
-        vectors = [Vectors(self.dense[retriever][1], [number]) for number in numbers]
+        every = Vectors(self.dense[retriever][1], [])
+        vectors = [every.part(number) for number in numbers]
         queries_QD = np.concatenate([each.matrix for each in vectors])
         rankings = iter(self._nearest(retriever, shard, queries_QD))
         for number, each in zip(numbers, vectors, strict=True):

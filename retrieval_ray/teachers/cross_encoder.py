@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from retrieval_ray.artifacts import Location
 from retrieval_ray.batching import Indices
 from retrieval_ray.errors import UserError
+from retrieval_ray.model_code import Source
 from retrieval_ray.teachers.first_token import read_first_token_alone
 from retrieval_ray.teachers.loading import KEY, load_model, load_tokenizer, longest_input
 from retrieval_ray.teachers.pairs import Scores, in_chunks, inference, padded
@@ -24,7 +24,7 @@ class CrossEncoder:
 
     def __init__(
         self,
-        model: str | Location,
+        model: Source,
         *,
         max_tokens: int,
         precision: str = "float32",

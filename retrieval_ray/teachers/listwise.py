@@ -7,12 +7,28 @@ score is minus its rank. It depends on the whole pool, so such a score belongs t
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 Messages = list[dict[str, str]]
-Ask = Callable[[list[Messages]], list[str | None]]  # prompts -> replies; None where there is none
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no reply, or no order. passing: another attempt may fare better."""
+
+    reason: str
+    detail: str
+    passing: bool = False
+
+
+Ask = Callable[[list[Messages]], list[str | Failure]]  # prompts -> replies
 
 PROMPT_VERSION = 1
+ORDERS_VERSION = 2  # of how replies are read
 _MAX_WORDS = 300  # of a passage, as in RankGPT's code
+_THOUGHT = re.compile(r"<(?:think(?:ing)?|thought|reasoning)>")
+_NAMED = re.compile(r"\[\s*(\d{1,6})\s*\]")
+_CHAIN = re.compile(r"\d{1,6}(?:(?:\s*>\s*|,\s+)\d{1,6})+")  # numbers of a list, not those of a sentence
 _SYSTEM = "You are an assistant that ranks passages by how well they answer a search query."
 
 
@@ -40,41 +56,51 @@ def prompt(query: str, passages: Sequence[str], max_words: int = _MAX_WORDS) -> 
     return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": asked}]
 
 
-def parse_order(reply: str, count: int) -> list[int]:
-    """The positions 0 .. count-1 in the order of a reply, repaired.
+def parse_order(reply: str, count: int) -> tuple[list[int], bool] | Failure:
+    """The positions 0 .. count-1 in the order of a reply, and whether it had to be repaired.
 
     Identifiers that are no passage and those that were named before are dropped; passages that are not
-    named follow in their present order. Numbers without brackets are read where no bracket is there; of a
-    model that thinks aloud only what follows its thoughts.
+    named follow in their present order. Lists of numbers without brackets are read where no bracket is
+    there; of a model that thinks aloud only what follows its thoughts. A reply that names no passage, as a
+    refusal, is no order (``no_order``), nor is one that ends within thoughts (``thought``).
     """
-    text = reply.rpartition("</think>")[2]
-    named = re.findall(r"\[\s*(\d{1,6})\s*\]", text) or re.findall(r"\d{1,6}", text)
+    text = re.split(r"</(?:think(?:ing)?|thought|reasoning)>", reply)[-1]
+    if _THOUGHT.search(text):
+        return Failure("thought", reply[:200])
+    named = _NAMED.findall(text) or re.findall(r"\d+", " ".join(_CHAIN.findall(text)))
     valid = [int(number) - 1 for number in named if 1 <= int(number) <= count]
-    return list(dict.fromkeys([*valid, *range(count)]))
+    if not valid:
+        return Failure("no_order", reply[:200])
+    order = list(dict.fromkeys([*valid, *range(count)]))
+    return order, [number + 1 for number in order] != list(map(int, named))
 
 
 def rank(
     ask: Ask, queries: Sequence[str], pools: Sequence[Sequence[str]], *, window: int, stride: int
-) -> list[list[int] | None]:
-    """Each query's pool in the model's order, as positions; the pools come in the order of retrieval.
+) -> tuple[list[list[int] | Failure], int]:
+    """Each query's pool in the model's order, as positions, and how many replies had to be repaired.
 
-    All queries take their windows in step: one round asks for one window of each at once. None for a
-    query of which some window got no reply.
+    The pools come in the order of retrieval. All queries take their windows in step: one round asks for
+    one window of each at once. A query ends with the first window that fails.
     """
-    orders: list[list[int] | None] = [list(range(len(pool))) for pool in pools]
+    orders: list[list[int] | Failure] = [list(range(len(pool))) for pool in pools]
+    repaired = 0
     plans = [windows(len(pool), window, stride) for pool in pools]
     for turn in range(max(map(len, plans), default=0)):
         asked: list[tuple[int, int, list[int]]] = []  # query, first place of its window, who stands there
         for n, plan in enumerate(plans):
             order = orders[n]
-            if order is not None and turn < len(plan):
+            if not isinstance(order, Failure) and turn < len(plan):
                 first, after = plan[turn]
                 asked.append((n, first, order[first:after]))
         replies = ask([prompt(queries[n], [pools[n][at] for at in part]) for n, _, part in asked])
         for (n, first, part), reply in zip(asked, replies, strict=True):
             order = orders[n]
-            if reply is None or order is None:
-                orders[n] = None
+            assert not isinstance(order, Failure)
+            read = reply if isinstance(reply, Failure) else parse_order(reply, len(part))
+            if isinstance(read, Failure):
+                orders[n] = read
             else:
-                order[first : first + len(part)] = [part[at] for at in parse_order(reply, len(part))]
-    return orders
+                order[first : first + len(part)] = [part[at] for at in read[0]]
+                repaired += read[1]
+    return orders, repaired

@@ -6,18 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrieval_ray.artifacts import Location
 from retrieval_ray.errors import UserError
+from retrieval_ray.model_code import Source
 from retrieval_ray.model_files import resolve_model
 
 KEY = "teacher.model"  # the config key that messages name
 
 
-def load_tokenizer(model: str | Location, *, trust_remote_code: bool) -> Any:
+def load_tokenizer(model: Source, *, trust_remote_code: bool) -> Any:
     """The model's own tokenizer. Raises ``UserError`` where there is none."""
     from transformers import AutoTokenizer
 
-    path = resolve_model(model, KEY)
+    path = resolve_model(model, KEY, trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # a broken folder makes the library raise anything at all
@@ -25,7 +25,7 @@ def load_tokenizer(model: str | Location, *, trust_remote_code: bool) -> Any:
 
 
 def load_model(
-    auto: str, model: str | Location, *, device: str | None, trust_remote_code: bool, dtype: str = "float32"
+    auto: str, model: Source, *, device: str | None, trust_remote_code: bool, dtype: str = "float32"
 ) -> tuple[Any, torch.device]:
     """A model by the name of its Auto class, dropout off.
 
@@ -35,7 +35,7 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading weights, in every worker
-    path = resolve_model(model, KEY)
+    path = resolve_model(model, KEY, trust_remote_code=trust_remote_code)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         found, info = getattr(transformers, auto).from_pretrained(

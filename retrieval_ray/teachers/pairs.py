@@ -17,22 +17,49 @@ Score = Callable[[Sequence[str], Sequence[str]], Scores]  # queries, passages of
 Reason = tuple[str, str]  # reason, detail
 
 WINDOW = 4096  # pairs that are tokenised and sorted together
-_HOPELESS = 32  # pairs that failed one by one, before a model is given up that never answered
+_HOPELESS = 32  # pairs that failed one by one, before a model must show that it still answers
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def judge(score: Score, queries: Sequence[str], passages: Sequence[str]) -> tuple[Scores, dict[int, Reason]]:
+def judge(
+    score: Score,
+    queries: Sequence[str],
+    passages: Sequence[str],
+    *,
+    answered: tuple[str, str] | None = None,
+) -> tuple[Scores, dict[int, Reason]]:
     """Scores of all pairs, and why those are NaN that have none, by position.
 
     A call that raises is halved until the pair that makes it raise stands alone (``failed``); a score that
     is no finite number counts for nothing either (``not_finite``). The halves of one size are all tried
     before smaller ones, so a model that can do nothing at all is soon known: it raises ``UserError``, as
-    does whatever is the user's error for ``score`` itself.
+    does whatever is the user's error for ``score`` itself. A model may also die on the way (its engine, or
+    the memory that it needs), and pairs that it did not come to are no bad pairs: after so many failures
+    in a row, and where the last pairs failed, it is asked again for the longest pair that it has answered,
+    and raises ``UserError`` if it fails on that. answered: such a pair from before this call.
     """
     queries, passages = [whole(text) for text in queries], [whole(text) for text in passages]
     scores = np.full(len(queries), np.nan, dtype=np.float32)
     reasons: dict[int, Reason] = {}
-    answered = False
+    failing = 0  # single pairs in a row
+    problem = ""
+
+    def check_alive() -> None:
+        if answered is None:
+            if failing >= _HOPELESS:
+                raise UserError(
+                    f"teacher: none of {failing} pairs could be judged, the last because of {problem}"
+                )
+            return
+        try:
+            score([answered[0]], [answered[1]])
+        except Exception as error:
+            raise UserError(
+                f"teacher: it answers no more; the last of {failing} pairs in a row failed because of "
+                f"{problem}. Parts that were finished are kept: run the same command again and only the rest "
+                "is judged"
+            ) from error
+
     for start in range(0, len(queries), WINDOW):
         waiting = deque([range(start, min(start + WINDOW, len(queries)))])
         while waiting:
@@ -41,7 +68,11 @@ def judge(score: Score, queries: Sequence[str], passages: Sequence[str]) -> tupl
                 scores[rows.start : rows.stop] = score(
                     queries[rows.start : rows.stop], passages[rows.start : rows.stop]
                 )
-                answered = True
+                failing = 0
+                pairs = [*zip(queries[rows.start : rows.stop], passages[rows.start : rows.stop], strict=True)]
+                answered = max(
+                    [answered, *pairs] if answered else pairs, key=lambda pair: sum(map(len, pair))
+                )
             except (UserError, torch.AcceleratorError):  # after the latter the device answers nothing more
                 raise
             except Exception as error:  # a model may raise anything at all
@@ -49,12 +80,13 @@ def judge(score: Score, queries: Sequence[str], passages: Sequence[str]) -> tupl
                     middle = len(rows) // 2
                     waiting += [rows[:middle], rows[middle:]]
                     continue
-                reasons[rows.start] = ("failed", f"{type(error).__name__}: {error}"[:300])
-                if len(reasons) >= _HOPELESS and not answered:
-                    raise UserError(
-                        f"teacher: none of {len(reasons)} pairs could be judged, the last because of "
-                        f"{reasons[rows.start][1]}"
-                    ) from error
+                problem = f"{type(error).__name__}: {error}"[:300]
+                reasons[rows.start] = ("failed", problem)
+                failing += 1
+                if failing % _HOPELESS == 0:
+                    check_alive()
+    if failing:
+        check_alive()
     for at in np.flatnonzero(~np.isfinite(scores)).tolist():
         reasons.setdefault(at, ("not_finite", f"the model's score is {scores[at]}"))
         scores[at] = np.nan

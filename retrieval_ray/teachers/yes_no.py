@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from retrieval_ray.artifacts import Location
 from retrieval_ray.batching import Indices
+from retrieval_ray.model_code import Source
 from retrieval_ray.teachers.loading import (
     TokenHead,
     difference,
@@ -51,7 +51,7 @@ class YesNo:
 
     def __init__(
         self,
-        model: str | Location,
+        model: Source,
         *,
         max_tokens: int,
         template: str | None = None,

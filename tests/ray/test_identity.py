@@ -182,7 +182,7 @@ def test_what_a_teacher_is_asked(context: Context, change: dict[str, Any], kinds
     for kind in ("cross_encoder", "seq2seq", "yes_no", "listwise", "late"):
         member = MemberConfig(kind=kind, model="judge")
         ids = [
-            teacher_id(context, Judge(kind, replace(member, **more), CROSS_ENCODER), None)
+            str(teacher_id(context, Judge(kind, replace(member, **more), CROSS_ENCODER), None))
             for more in ({}, change)
         ]
         if ids[0] != ids[1]:
@@ -191,13 +191,29 @@ def test_what_a_teacher_is_asked(context: Context, change: dict[str, Any], kinds
     assert found == kinds
 
 
+def test_what_a_listwise_endpoint_is_sent_is_in_its_name(context: Context) -> None:
+    judge = Judge("x", MemberConfig(kind="listwise", model="judge", url="http://x"), CROSS_ENCODER)
+
+    def of(**values: Any) -> tuple[str, dict[str, Any]]:
+        config = replace(context.config, llm=replace(context.config.llm, **values))
+        run = replace(context, config=config)
+        return str(teacher_id(run, judge, None)), arguments_of(run, judge)["body"]
+
+    plain, template = of(), of(chat_template={"enable_thinking": False})
+    other = of(body={"max_tokens": None, "max_completion_tokens": 9})
+    assert len({plain[0], template[0], other[0]}) == 3
+    assert template[1] == plain[1] | {"chat_template_kwargs": {"enable_thinking": False}}
+    assert other[1] == plain[1] | {"max_tokens": None, "max_completion_tokens": 9}
+    assert of(concurrency=1, temperature=0.1)[0] == plain[0]
+
+
 def test_engine_arguments_that_change_no_score_are_not_in_its_name(context: Context) -> None:
     def named(**engine: Any) -> str:
         member = MemberConfig(kind="yes_no", model="judge", engine="vllm", vllm=engine)
-        return teacher_id(context, Judge("yes_no", member, CROSS_ENCODER), None)
+        return str(teacher_id(context, Judge("yes_no", member, CROSS_ENCODER), None))
 
     other = MemberConfig(kind="yes_no", model="judge")
-    assert named() != teacher_id(context, Judge("yes_no", other, CROSS_ENCODER), None)
+    assert named() != str(teacher_id(context, Judge("yes_no", other, CROSS_ENCODER), None))
     assert named() == named(gpu_memory_utilization=0.5, max_num_seqs=8)
     assert named() != named(quantization="fp8")
 
@@ -214,7 +230,8 @@ def test_a_prompt_that_is_the_kinds_own_may_be_said_or_not(context: Context) -> 
 
 def test_a_commit_stands_for_the_files_of_a_model_on_a_hub(context: Context) -> None:
     model = Model("team/judge@abc", "team/judge@abc")
-    assert "@team/judge@abc-" in teacher_id(context, Judge("x", MemberConfig(), model), None)
+    found = teacher_id(context, Judge("x", MemberConfig(), model), None)
+    assert found.model == "team/judge@abc" and str(found).startswith("cross_encoder@team/judge@abc-512-")
 
 
 def test_an_engine_on_gpus_gets_what_its_worker_has(context: Context) -> None:

@@ -10,6 +10,7 @@ from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, Stage, stage
 from retrieval_ray.stages import parity
 from retrieval_ray.stages.collection import Judged
+from retrieval_ray.stages.judges import TeacherId
 
 pytestmark = [pytest.mark.ray]
 
@@ -23,13 +24,14 @@ def _retrieved(store: Location, queries: str, profile: str) -> Stage:
     return made
 
 
-def _scored(store: Location, teacher: str, retrieved: Stage, scores: dict[str, float]) -> Stage:
+def _scored(store: Location, model: str, settings: str, retrieved: Stage, scores: dict[str, float]) -> Stage:
+    teacher = str(TeacherId("cross_encoder", model, settings))
     made = stage(store, "score-cross_encoder", {"teacher": teacher, "retrieved": retrieved.content()})
     rows: list[dict[str, Any]] = [
         {"teacher": teacher, "query_id": "q", "passage_id": p, "score": s} for p, s in scores.items()
     ]
     made.write("scores-0000000.parquet", schema.from_rows("scores", rows))
-    made.finish(["scores-0000000.parquet"], teacher=teacher)
+    made.finish(["scores-0000000.parquet"], teacher=teacher, model=model, settings=settings)
     return made
 
 
@@ -37,11 +39,15 @@ def test_the_same_weights_on_the_same_data_are_compared_and_nothing_else(tmp_pat
     store = Location.of(str(tmp_path))
     ours, theirs = _retrieved(store, "same", "float32"), _retrieved(store, "same", "bfloat16")
     elsewhere = _retrieved(store, "others", "float32")
-    own = _scored(store, "cross_encoder@aa-512-float32", ours, {"a": 1.0, "b": 2.0, "c": 4.0})
-    _scored(store, "cross_encoder@aa-512-bfloat16", theirs, {"a": 1.25, "b": 2.0, "d": 9.0})
-    _scored(store, "cross_encoder@aa-512-int8", theirs, {"d": 9.0})  # no pair in common
-    _scored(store, "cross_encoder@bb-512-bfloat16", ours, {"a": 7.0})  # other weights
-    _scored(store, "cross_encoder@aa-512-float16", elsewhere, {"a": 7.0})  # other queries
+    m3 = "BAAI/bge-reranker-v2-m3@0123abcd"
+    own = _scored(store, m3, "512-float32", ours, {"a": 1.0, "b": 2.0, "c": 4.0})
+    _scored(store, m3, "512-bfloat16", theirs, {"a": 1.25, "b": 2.0, "d": 9.0})
+    _scored(store, m3, "512-int8", theirs, {"d": 9.0})  # no pair in common
+    _scored(store, "BAAI/bge-reranker-v2-gemma@0123abcd", "512-bfloat16", ours, {"a": 7.0})  # another model
+    _scored(store, "BAAI/bge-reranker-v2-m3@4567abcd", "512-bfloat16", ours, {"a": 7.0})  # another commit
+    _scored(store, m3, "512-float16", elsewhere, {"a": 7.0})  # other queries
+    old = stage(store, "score-cross_encoder", {"teacher": f"cross_encoder@{m3}-256-float32"})
+    old.finish([], teacher=f"cross_encoder@{m3}-256-float32")  # written before models stood in manifests
     unfinished = stage(store, "score-cross_encoder", {"teacher": "cross_encoder@aa-1", "retrieved": "x"})
     unfinished.folder.filesystem.create_dir(unfinished.folder.path)
     anything: Any = own
@@ -53,7 +59,7 @@ def test_the_same_weights_on_the_same_data_are_compared_and_nothing_else(tmp_pat
     context: Any = SimpleNamespace(store=store)
     (found,) = parity.run(context, judged)
     assert (found["ours"], found["theirs"]) == (
-        "cross_encoder@aa-512-float32", "cross_encoder@aa-512-bfloat16"
+        f"cross_encoder@{m3}-512-float32", f"cross_encoder@{m3}-512-bfloat16"
     )  # fmt: skip
     assert (found["pairs"], found["largest"], found["mean"], found["rank_correlation"]) == (
         2,

@@ -59,6 +59,10 @@ def test_vectors_by_part_by_id_and_whole(
     wanted = ["p7", "p30", "p7", "p0"]
     assert np.array_equal(Vectors.all(made).of(wanted), np.stack([vectors[key] for key in wanted]))
     assert Vectors(made, [1]).ids == list(vectors)[1::3]
+    none = Vectors(made, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "manifest", lambda self: pytest.fail("read again for a part"))
+        assert none.ids == [] and none.part(1).ids == list(vectors)[1::3]
     with pytest.raises(KeyError, match="p99"):
         every.of(["p1", "p99"])
     copies = sorted(path.name for path in (tmp_path / "near").rglob("*.arrow"))

@@ -1,7 +1,9 @@
 """What a worker of the score stage does with one part. Starts no Ray: the workers are called by hand."""
 
+import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,24 @@ from hypothesis import strategies as st
 
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, Stage, bucket_of, part_name, stage
+from retrieval_ray.config import Config
 from retrieval_ray.contentcache import SCORE, ContentCache
+from retrieval_ray.endpoint import Endpoint
+from retrieval_ray.errors import UserError
+from retrieval_ray.model_files import Model
+from retrieval_ray.replies import Reply
 from retrieval_ray.stages import pool, query_rows, score, score_lists
 from retrieval_ray.stages.collection import Judged, Ranked, extend
+from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.judged_pools import judged_pools
+from retrieval_ray.stages.judges import TeacherId
 from retrieval_ray.stages.pool import Pairs
+from retrieval_ray.stages.profile import Profile
 from retrieval_ray.stages.retrieve import rankings_of
 from retrieval_ray.stages.score import Scorer
 from retrieval_ray.stages.score_lists import ListScorer
 from retrieval_ray.stages.scores import write_part
+from retrieval_ray.teachers.listwise import Failure
 
 
 class Memory:
@@ -126,6 +137,25 @@ def test_a_pair_that_failed_once_is_tried_again_and_its_reject_goes(
     scorer.run({"number": 0})
     assert [row["score"] for row in written(target, 0)] == [7, 2]
     assert target.missing([part_name("rejects", 0, "parquet")])
+
+
+def test_a_teacher_that_dies_writes_no_part_it_did_not_judge(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though each part holds but a few pairs; what was finished stays, and a rerun judges the rest."""
+    parts = [[("who", "silk")], [("who", "wool"), ("who", "salt")]]
+    scorer, target = make(parts)
+    scorer.run({"number": 0})
+
+    def dead(self: Any, queries: Any, passages: Any) -> Any:
+        raise RuntimeError("the engine has died")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the engine has died"):
+        patch.setattr(Counting, "score", dead)
+        scorer.run({"number": 1})
+    assert target.missing([part_name("scores", n, "parquet") for n in range(2)]) == ["scores-0000001.parquet"]
+    fresh, _ = make(parts)
+    assert fresh.run({"number": 1})["judged"] == 2
 
 
 def test_concurrent_writers_of_one_cache_lose_and_break_nothing(make: Callable[..., Any]) -> None:
@@ -259,6 +289,88 @@ def test_rows_of_queries_are_those_asked_for(tmp_path_factory: Any, places: list
 
 # --- lists ----------------------------------------------------------------------------------------
 
+ENDPOINT = {
+    "url": "http://localhost:1", "body": {}, "key_variable": "K", "concurrency": 4, "timeout_seconds": 1.0,
+    "retries": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def score_lists_of(ranked: Ranked, tmp_path: Path) -> Callable[[], Stage]:
+    """A function that runs the listwise score stage to its end."""
+    pairs = laid_out(ranked, tmp_path, 6, [[0, 1]])
+    store = Location.of(str(tmp_path))
+    profile = Profile(precision="float32", device="cpu", threads=1, token_budget=1024, workers=1)
+
+    def run() -> Stage:
+        context = Context(Config(), store, profile, Model("/student", "a" * 64))
+        target = stage(store, "score-listwise", {})
+        source = score_lists.PooledByQuery(ranked, pairs, 6)
+        arguments = {
+            "teacher_id": "listwise-ranks@x", "endpoint": ENDPOINT, "window": 20, "stride": 10,
+            "source": source, "target": target, "store": store, "parts": 2,
+        }  # fmt: skip
+        if context.start(target, "lists"):
+            teacher = TeacherId("listwise-ranks", "x", "1")
+            score.score_parts(context, "lists", ListScorer, arguments, target, teacher, 2, light=True)
+        return target
+
+    return run
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], Reply]) -> list[str]:
+    """An endpoint that gives ``answer(query)``; returns what it was asked, as it comes."""
+    asked: list[str] = []
+
+    async def replies(self: Any, requests: Any) -> Any:
+        for request in requests:
+            query = re.findall("Search query: (.*)", request.messages[-1]["content"])[0]
+            asked.append(query)
+            yield replace(answer(query), query_id=request.query_id)
+
+    monkeypatch.setattr(Endpoint, "replies", replies)
+    return asked
+
+
+def fine(text: str = "[2] > [1] > [3] > [4] > [5] > [6]", **more: Any) -> Reply:
+    return Reply("", text, None, 0, 0, **more)
+
+
+def test_a_part_with_failures_that_may_pass_is_open_until_a_later_run_asks_for_them(
+    score_lists_of: Callable[[], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def troubled(query: str) -> Reply:
+        return Reply("", None, "HTTP 503: busy", 0, 0) if query in ("query 3", "query 4") else fine()
+
+    asked = serve(monkeypatch, troubled)
+    with pytest.raises(UserError, match=r"2 queries have no reply.*HTTP 503: busy.*same command again"):
+        score_lists_of()
+    assert len(asked) == 12
+    asked = serve(monkeypatch, lambda query: fine())
+    target = score_lists_of()
+    assert sorted(asked) == ["query 3", "query 4"]
+    assert target.manifest()["rows"] == 72 and target.manifest()["rejected"] == {}
+
+
+def test_replies_that_are_no_order_are_rejects_and_repairs_are_counted(
+    score_lists_of: Callable[[], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = {"query 1": fine("I cannot."), "query 2": fine("[2] > [1]", cut=True), "query 3": fine("[2]")}
+    serve(monkeypatch, lambda query: odd.get(query, fine()))
+    facts = score_lists_of().manifest()
+    assert facts["rejected"] == {"no_order": 6, "cut": 6} and facts["rows"] == 60
+    assert facts["repaired"] == 1
+
+
+def test_where_nothing_was_judged_no_part_is_taken_for_done(
+    score_lists_of: Callable[[], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(monkeypatch, lambda query: Reply("", None, "HTTP 400: no such field", 0, 0, refused=True))
+    with pytest.raises(UserError, match=r"no pair could be judged.*no such field"):
+        score_lists_of()
+    serve(monkeypatch, lambda query: fine())
+    assert score_lists_of().manifest()["rows"] == 72
+
 
 def test_a_listwise_teacher_keeps_orders_by_pool(
     ranked: Ranked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -266,17 +378,16 @@ def test_a_listwise_teacher_keeps_orders_by_pool(
     target = laid_out(ranked, tmp_path, 6, [[0, 1]])
     shown = []
 
-    def ask(self: Any, prompts: list[Any]) -> list[str | None]:
+    def ask(self: Any, prompts: list[Any]) -> list[str | Failure]:
         """The highest number first; query 3 gets no reply."""
-        import re
-
-        replies: list[str | None] = []
+        replies: list[str | Failure] = []
         for messages in prompts:
             text = messages[-1]["content"]
             shown.append(text)
             found = re.findall(r"^\[(\d+)\] passage (\d+)$", text, flags=re.M)
             order = sorted(found, key=lambda pair: -int(pair[1]))
-            replies.append(None if "query: query 3\n" in text else " > ".join(f"[{n}]" for n, _ in order))
+            refused = Failure("no_reply", "HTTP 400: no")
+            replies.append(refused if "query: query 3\n" in text else " > ".join(f"[{n}]" for n, _ in order))
         return replies
 
     monkeypatch.setattr(ListScorer, "_ask", ask)
@@ -285,7 +396,7 @@ def test_a_listwise_teacher_keeps_orders_by_pool(
     def run(depth: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, int]]:
         source = score_lists.PooledByQuery(ranked, target, depth)
         out = stage(store, "score-listwise", {"depth": depth, "calls": len(shown)})
-        worker = ListScorer("listwise-ranks@x", {}, 20, 10, source, out, store, 2)
+        worker = ListScorer("listwise-ranks@x", ENDPOINT, 20, 10, source, out, store, 2)
         facts = [worker.run({"number": number}) for number in range(2)]
         rejects = [
             row
@@ -307,7 +418,7 @@ def test_a_listwise_teacher_keeps_orders_by_pool(
         numbers = [number for _, number in sorted(ranks)]
         assert numbers == sorted(numbers, reverse=True)
     assert {row["id"].split()[0] for row in rejects} == {"q3"} and len(rejects) == 6
-    assert {row["reason"] for row in rejects} == {"no_reply"}
+    assert {(row["reason"], row["detail"]) for row in rejects} == {("no_reply", "HTTP 400: no")}
 
     again, _, counts = run(6)
     assert again == rows and counts == {"judged": 0, "cached": 66}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval_ray.teachers.listwise import parse_order, prompt, rank, windows
+from retrieval_ray.teachers.listwise import Failure, parse_order, prompt, rank, windows
 
 
 @given(st.integers(0, 120), st.integers(2, 30), st.data())
@@ -35,18 +35,40 @@ def test_the_windows_of_rankgpt():
         ("2 > 3 > 1", [1, 2, 0]),
         ("<think>[1] is best ... no [3]</think>[2] > [1]", [1, 0, 2]),
         ("[ 2 ], [1]", [1, 0, 2]),
-        ("I cannot rank these.", [0, 1, 2]),
-        ("", [0, 1, 2]),
+        ("The order: 2, 3, 1", [1, 2, 0]),
         ("[99999999999999999999] > [2]", [1, 0, 2]),
     ],
 )
 def test_orders_are_repaired(reply, expected):
-    assert parse_order(reply, 3) == expected
+    order, repaired = parse_order(reply, 3)
+    assert order == expected
+    assert repaired == (re.findall(r"\d+", reply.rpartition("</think>")[2]) != [str(n + 1) for n in order])
 
 
-@given(st.text(), st.integers(0, 30))
-def test_every_reply_gives_a_permutation(reply, count):
-    assert sorted(parse_order(reply, count)) == list(range(count))
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("I cannot rank these.", "no_order"),
+        ("I'm sorry, but none of these 3 passages answers the query of 10,000 users.", "no_order"),
+        ("", "no_order"),
+        ("[7] > [0]", "no_order"),
+        ("<think>[2] looks better than [1], and 3 > 2", "thought"),
+        ("<think>so</think><thinking>[2] > [1]", "thought"),
+    ],
+)
+def test_what_names_no_passage_or_only_thinks_is_no_order(reply, reason):
+    found = parse_order(reply, 3)
+    assert isinstance(found, Failure) and (found.reason, found.detail, found.passing) == (
+        reason,
+        reply,
+        False,
+    )
+
+
+@given(st.one_of(st.text(), st.text("[]0123456789> ,")), st.integers(1, 30))
+def test_every_reply_gives_a_permutation_or_a_reason(reply, count):
+    found = parse_order(reply, count)
+    assert isinstance(found, Failure) or sorted(found[0]) == list(range(count))
 
 
 def test_the_prompt_numbers_the_passages_and_cuts_long_ones():
@@ -78,23 +100,30 @@ def test_the_best_of_a_pool_is_carried_to_its_top(pools, data):
     stride = data.draw(st.integers(1, window - 1))
     ask = Scripted()
     texts = [[f"value {value}" for value in pool] for pool in pools]
-    orders = rank(ask, [f"q{n}" for n in range(len(pools))], texts, window=window, stride=stride)
+    orders, repaired = rank(ask, [f"q{n}" for n in range(len(pools))], texts, window=window, stride=stride)
     for pool, order in zip(pools, orders, strict=True):
         assert sorted(order) == list(range(25))
         top = window - stride  # so many survive from one window to the next
         assert [pool[at] for at in order[:top]] == list(range(24, 24 - top, -1))
-    assert max(ask.shown) <= window
+    assert max(ask.shown) <= window and repaired == 0
 
 
 def test_a_query_without_a_reply_has_no_order_and_the_others_have_theirs():
-    scripted = Scripted()
+    scripted, gone = Scripted(), Failure("no_reply", "HTTP 400: too long")
 
     def ask(prompts):
         return [
-            None if "broken" in m[-1]["content"] else reply
+            gone if "broken" in m[-1]["content"] else reply
             for m, reply in zip(prompts, scripted(prompts), strict=True)
         ]
 
     pools = [[f"value {n}" for n in range(9)]] * 2
-    orders = rank(ask, ["broken", "whole"], pools, window=4, stride=2)
-    assert orders[0] is None and sorted(orders[1] or []) == list(range(9))
+    orders, _ = rank(ask, ["broken", "whole"], pools, window=4, stride=2)
+    assert orders[0] is gone and sorted(orders[1]) == list(range(9))
+
+
+def test_repairs_are_counted_and_a_refused_window_ends_its_query():
+    pools = [["value 1", "value 2"]] * 3
+    replies = ["[2] > [1]", "[2]", "I cannot do that."]
+    orders, repaired = rank(lambda prompts: replies, ["a", "b", "c"], pools, window=4, stride=2)
+    assert orders == [[1, 0], [1, 0], Failure("no_order", "I cannot do that.")] and repaired == 1

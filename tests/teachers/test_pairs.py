@@ -113,6 +113,47 @@ def test_a_model_that_judges_nothing_is_given_up_and_a_mistake_of_the_user_is_ra
         judge(refused, ["q"] * 9, ["p"] * 9)
 
 
+@pytest.mark.parametrize("last", [1, 31, 32, 5000])
+def test_a_model_that_dies_on_the_way_is_given_up_and_its_pairs_are_no_bad_pairs(last):
+    """However few pairs are left for it, and though it may have answered in an earlier call."""
+    dead = []
+
+    def score(queries, passages):
+        if dead or "last" in passages:
+            dead.append(len(queries))
+            raise RuntimeError("the engine has died")
+        return np.zeros(len(queries), dtype=np.float32)
+
+    with pytest.raises(UserError, match="answers no more.*the engine has died"):
+        judge(score, ["q"] * (4096 + last), ["p"] * 4096 + ["last"] * last)
+    with pytest.raises(UserError, match="answers no more"):
+        judge(score, ["q"], ["new"], answered=("q", "p"))
+
+
+def test_memory_that_is_gone_for_good_shows_on_the_longest_pair():
+    gone = []
+
+    def score(queries, passages):
+        if gone and max(map(len, passages)) > 4:
+            raise MemoryError
+        gone.extend(passages[-1:] if passages[-1] == "end" else [])
+        return np.zeros(len(queries), dtype=np.float32)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="answers no more"):
+        patch.setattr(pairs, "WINDOW", 3)
+        judge(score, ["q"] * 6, ["a", "longest", "end", "b", "c", "longer"])
+
+
+def test_many_bad_pairs_in_a_row_are_rejects_of_a_model_that_still_answers():
+    def score(queries, passages):
+        if "bad" in passages:
+            raise ValueError
+        return np.zeros(len(queries), dtype=np.float32)
+
+    _, reasons = judge(score, ["q"] * 300, ["p"] * 100 + ["bad"] * 200)
+    assert sorted(reasons) == list(range(100, 300))
+
+
 @given(st.text(st.characters(codec=None), max_size=20))
 def test_texts_reach_the_model_whole(text):
     found = whole(text)
