@@ -263,4 +263,4 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def _teacher(context: Context, judge: Judge) -> str:
-    return teacher_id(context, judge, None)
+    return str(teacher_id(context, judge, None))
