@@ -114,21 +114,27 @@ class Location:
             return bytes(stream.read())
 
     def write(self, data: bytes) -> None:
-        """Write a whole file or nothing.
+        """Write a whole file or nothing."""
+        self.write_pieces([data])
+
+    def write_pieces(self, pieces: Iterable[bytes]) -> None:
+        """Write a whole file, piece by piece, or nothing.
 
         On disks to a temporary name in the same folder, then moved; an object store shows an object
         only when all of it has arrived, and cannot move.
         """
         if self.filesystem.type_name in _OBJECT_STORES:
             with self.filesystem.open_output_stream(self.path) as stream:
-                stream.write(data)
+                for piece in pieces:
+                    stream.write(piece)
             return
         folder, _, name = self.path.rpartition("/")
         self.filesystem.create_dir(folder, recursive=True)
         temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
         try:
             with self.filesystem.open_output_stream(temporary) as stream:
-                stream.write(data)
+                for piece in pieces:
+                    stream.write(piece)
             self.filesystem.move(temporary, self.path)
         except BaseException:
             if self.filesystem.get_file_info(temporary).type == pafs.FileType.File:

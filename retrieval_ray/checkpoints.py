@@ -1,15 +1,15 @@
-"""Checkpoints of training: one safetensors file each, with the loop's state as JSON in its header.
+"""Checkpoints of training: a safetensors file each, and the loop's state as JSON beside it.
 
 Every rank calls these functions; rank 0 writes. Tensors that are sharded over ranks are written whole, so
-that a run may go on with any number of workers.
+that a run may go on with any number of workers; they are gathered, written and read one by one, so that no
+machine ever holds them all.
 """
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -19,6 +19,11 @@ from retrieval_ray.step import world
 from retrieval_ray.student import Student
 
 _KEPT = 2
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 def save_checkpoint(
@@ -26,20 +31,20 @@ def save_checkpoint(
 ) -> None:
     """Write the trained weights, the optimiser's state and ``state`` (JSON); keep the last two.
 
-    name: sorts as the checkpoints were made.
+    name: sorts as the checkpoints were made. The tensors come last: without them there is no checkpoint.
     """
-    moments = (
-        (f"optimiser.{kind}.{name}", torch.as_tensor(value))
+    moments = {
+        f"optimiser.{kind}.{name}": torch.as_tensor(value)
         for name, parameter in _named(student)
         for kind, value in optimiser.state.get(parameter, {}).items()
-    )
-    tensors = _gathered(itertools.chain(_weights(student), moments))
-    if world()[0] != 0:
-        return
-    data = safetensors.torch.save(tensors, {"state": json.dumps(state)})
-    (folder / f"checkpoint-{name}.safetensors").write(data)
-    for old in _checkpoints(folder)[:-_KEPT]:
-        (folder / old).remove()
+    }
+    if world()[0] == 0:
+        (folder / f"checkpoint-{name}.json").write_json(state)
+    _write(_weights(student) | moments, folder / f"checkpoint-{name}.safetensors")
+    if world()[0] == 0:
+        for old in _checkpoints(folder)[:-_KEPT]:
+            (folder / old).remove()
+            _state_of(folder / old).remove()
 
 
 def load_checkpoint(
@@ -49,36 +54,33 @@ def load_checkpoint(
     file = newest(folder)
     if file is None:
         return None
-    data = file.read()
-    tensors = safetensors.torch.load(data)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    tensors = _Tensors(file)
     _put(student, tensors)
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    kinds: dict[str, list[str]] = {}
+    for key in tensors.entries:
         if key.startswith("optimiser."):
             _, kind, weight = key.split(".", 2)
-            moments.setdefault(weight, {})[kind] = value
+            kinds.setdefault(weight, []).append(kind)
     for weight, parameter in _named(student):
-        if weight in moments:
+        if weight in kinds:
+            moments = {kind: tensors[f"optimiser.{kind}.{weight}"] for kind in kinds[weight]}
             optimiser.state[parameter] = {
                 # a step count has no shape and no place; moments lie as the parameter does
                 kind: _like(value, parameter) if value.shape else value.to(parameter.device)
-                for kind, value in moments[weight].items()
+                for kind, value in moments.items()
             }
-    state: dict[str, Any] = json.loads(header["state"])
+    state: dict[str, Any] = _state_of(file).read_json()
     return state
 
 
 def save_weights(student: Student, target: Location) -> None:
     """Write the trained weights alone."""
-    tensors = _gathered(_weights(student))
-    if world()[0] == 0:
-        target.write(safetensors.torch.save(tensors))
+    _write(_weights(student), target)
 
 
 def load_weights(student: Student, source: Location) -> None:
     """Put the weights of a file that was written here into a student, whether or not it is sharded."""
-    _put(student, safetensors.torch.load(source.read()))
+    _put(student, _Tensors(source))
 
 
 def newest(folder: Location) -> Location | None:
@@ -88,29 +90,70 @@ def newest(folder: Location) -> Location | None:
 
 
 def _checkpoints(folder: Location) -> list[str]:
-    return [name for name in folder.names() if name.startswith("checkpoint-")]
+    return [n for n in folder.names() if n.startswith("checkpoint-") and n.endswith(".safetensors")]
+
+
+def _state_of(file: Location) -> Location:
+    return Location(file.filesystem, f"{file.path.removesuffix('.safetensors')}.json")
 
 
 def _named(student: Student) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for name, p in student.model.named_parameters() if p.requires_grad]
 
 
-def _weights(student: Student) -> Iterator[tuple[str, Tensor]]:
-    return ((f"model.{name}", parameter) for name, parameter in _named(student))
+def _weights(student: Student) -> dict[str, Tensor]:
+    return {f"model.{name}": parameter for name, parameter in _named(student)}
 
 
-def _gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """On rank 0 every tensor, whole, in the host's memory; on the others nothing, one by one."""
-    found = {}
-    for name, tensor in tensors:
-        tensor = tensor.detach()
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world()[0] == 0:
-            found[name] = whole.cpu().contiguous()
-    return found
+def _write(tensors: Mapping[str, Tensor], target: Location) -> None:
+    """Rank 0 writes the tensors as safetensors (a header with their places, then their bytes)."""
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    pieces = itertools.chain(
+        [len(header).to_bytes(8, "little") + header], (_bytes(tensor) for tensor in tensors.values())
+    )
+    if world()[0] == 0:
+        target.write_pieces(pieces)
+    else:
+        for _ in pieces:  # a shard is gathered by all ranks together
+            pass
 
 
-def _put(student: Student, tensors: Mapping[str, Tensor]) -> None:
+def _bytes(tensor: Tensor) -> bytes:
+    """A tensor, whole; of a sharded one only rank 0 needs more than to take part."""
+    tensor = tensor.detach()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if world()[0] != 0:
+        return b""
+    return whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+class _Tensors:
+    """A safetensors file on any filesystem, of which a tensor is read when it is asked for."""
+
+    def __init__(self, source: Location) -> None:
+        self._file = source.filesystem.open_input_file(source.path)
+        size = int.from_bytes(self._file.read(8), "little")
+        self.entries: dict[str, dict[str, Any]] = json.loads(self._file.read(size))
+        self._start = 8 + size
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        start, end = entry["data_offsets"]
+        self._file.seek(self._start + start)
+        data = bytearray(self._file.read(end - start))
+        return torch.frombuffer(data, dtype=_TYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _put(student: Student, tensors: _Tensors) -> None:
     with torch.no_grad():
         for name, parameter in _named(student):
             parameter.copy_(_like(tensors[f"model.{name}"], parameter))

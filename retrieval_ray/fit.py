@@ -68,6 +68,7 @@ class Settings:
     seed: int
     balance_weight: float = 0.0  # of the load-balancing loss of a student with experts
     jitter: float = 0.0  # of its routers
+    runs: int = 1  # trainings that there may be on this machine at the same time
 
 
 @dataclass
@@ -129,7 +130,8 @@ def fit(
     )
     keep_bytes = settings.activation_bytes
     if keep_bytes is None:
-        keep_bytes = activation_bytes(student.device, sum(p.numel() for p in parameters))
+        count = sum(p.numel() for p in parameters)
+        keep_bytes = activation_bytes(student.device, count, runs=settings.runs)
     backbone = student.model[0].auto_model
     experts = list(moe_layers(backbone))
     limit = matmul_limit(student.device, student.precision)
@@ -221,7 +223,7 @@ def fit(
                 "step": float(progress.step),
                 "time": time.time(),
                 "seconds": seconds,
-                **clock.seconds,
+                **{f"{part}_seconds": spent for part, spent in clock.seconds.items()},  # "loss" is one
                 "tokens_per_second": terms["tokens"] / seconds,
                 "matmul_share": terms["tflop"] * 1e12 / seconds / limit / world()[1],
             }

@@ -26,14 +26,16 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
     return min([1024 * int(available.split()[1]), *_left_in_cgroups(root)])
 
 
-def activation_bytes(device: torch.device, parameters: int) -> int:
+def activation_bytes(device: torch.device, parameters: int, *, runs: int = 1) -> int:
     """What graphs may take between the passes of a training step, measured before the first one.
 
     A share of the free memory (a quarter of a machine's, split among its workers, or four fifths of a GPU's),
-    less the gradients and AdamW's two moments that are still to come. parameters: trained numbers.
+    less the gradients and AdamW's two moments that are still to come. parameters: trained numbers. runs: how
+    many trainings there may be on this machine at the same time.
     """
-    workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    return max(0, int(free_bytes(device) * _SHARE[device.type] / workers) - 3 * 4 * parameters)
+    # a GPU is one worker's alone
+    sharers = runs * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    return max(0, int(free_bytes(device) * _SHARE[device.type] / sharers) - 3 * 4 * parameters)
 
 
 def give_back() -> None:

@@ -72,6 +72,7 @@ def test_this_machine_has_memory_and_its_workers_share_it(monkeypatch):
     assert activation_bytes(CPU, 2**20) == 2 * GIB - 12 * 2**20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert activation_bytes(CPU, 0) == GIB // 2
+    assert activation_bytes(CPU, 0, runs=2) == GIB // 4  # trials of a sweep
     assert activation_bytes(CPU, 2**40) == 0
 
 

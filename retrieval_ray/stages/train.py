@@ -211,6 +211,7 @@ def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> S
         seed=context.config.training_seed(),
         balance_weight=train.moe.balance_weight,
         jitter=train.moe.jitter,
+        runs=context.config.sweep.trials_at_once,
     )
 
 

@@ -312,7 +312,7 @@ def score_lists_of(ranked: Ranked, tmp_path: Path) -> Callable[[], Stage]:
         }  # fmt: skip
         if context.start(target, "lists"):
             teacher = TeacherId("listwise-ranks", "x", "1")
-            score.score_parts(context, "lists", ListScorer, arguments, target, teacher, 2, light=True)
+            score.score_parts(context, "lists", ListScorer, arguments, target, teacher, 2, "c", light=True)
         return target
 
     return run
