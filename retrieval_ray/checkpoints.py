@@ -39,7 +39,7 @@ def save_checkpoint(
         for kind, value in optimiser.state.get(parameter, {}).items()
     }
     if world()[0] == 0:
-        (folder / f"checkpoint-{name}.json").write_json(state)
+        (folder / f"checkpoint-{name}.json").write(json.dumps(state).encode())  # compact: a row a step
     _write(_weights(student) | moments, folder / f"checkpoint-{name}.safetensors")
     if world()[0] == 0:
         for old in _checkpoints(folder)[:-_KEPT]:
