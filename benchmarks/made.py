@@ -95,3 +95,5 @@ def start_ray(cpus: int = 8) -> None:
     ray.init(
         address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error"
     )
+    # a cluster that was there: else a single worker would be this process, and nothing of Ray be measured
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address

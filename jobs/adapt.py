@@ -14,7 +14,7 @@ def adapt(context: Context, until: str | None) -> str | None:
     if context.dry_run:
         print(plan.describe(context, pipeline.run, until, foresee.adapting))
         return None
-    plan.begin(context, until, foresee.adapting)
+    plan.begin(context)
     return pipeline.run(context, until)
 
 

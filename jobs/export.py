@@ -39,7 +39,7 @@ def write(
     if context.dry_run:
         print(plan.describe(context, pipeline, "groups", foresee.adapting))
         return None
-    plan.begin(context, "groups", foresee.adapting)
+    plan.begin(context)
     corpora = context.config.corpora()
     for dataset in corpora:
         grouped = lists(context, dataset)

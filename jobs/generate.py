@@ -24,7 +24,7 @@ def write(context: Context, until: str | None, show: int | None) -> str | None:
     if context.dry_run:
         print(plan.describe(context, pipeline, until or "queries", foresee.adapting))
         return None
-    plan.begin(context, until or "queries", foresee.adapting)
+    plan.begin(context)
     return pipeline(context, until)
 
 

@@ -16,7 +16,7 @@ def make_dense(context: Context, until: str | None) -> str | None:
     """Merge and measure; returns the path of merge.json."""
     if context.dry_run:
         print(f"would merge the experts of {context.student.source} into {context.config.output_dir}/model")
-        print("\n".join(plan.shown(context, foresee.merging(context, until, sample=True).works)))
+        print("\n".join(plan.shown(context, foresee.merging(context, until).works)))
         return None
     where = merge.run(context)
     say(f"model: {context.config.output_dir}/model")

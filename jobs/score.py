@@ -20,7 +20,7 @@ def write(context: Context, until: str | None) -> str | None:
     if context.dry_run:
         print(plan.describe(context, judged, until, foresee.judging))
         return None
-    plan.begin(context, until, foresee.judging)
+    plan.begin(context)
     return judged(context, until)
 
 

@@ -49,10 +49,15 @@ def sweep_one(context: Context) -> str | None:
         for each in plans:
             print(f"trial  {each.label()}")
         how = context.config.sweep
-        print(f"{len(plans) or how.samples} trials ({how.search}), of which the first runs:")
-        first = replace(context, config=plans[0].config) if plans else context
-        trials = [each.config for each in plans] or [context.config] * how.samples
-        print(plan.describe(first, pipeline.run, "train", partial(foresee.sweeping, trials=trials)))
+        print(f"{len(plans) or how.samples} trials ({how.search}); the first that is not done yet:")
+        configs = [each.config for each in plans] or [context.config] * how.samples
+
+        def every(context: Context, until: str | None) -> None:
+            for config in configs:
+                pipeline.run(replace(context, config=config), until)
+
+        first = replace(context, config=configs[0])
+        print(plan.describe(first, every, "train", partial(foresee.sweeping, trials=configs)))
         return None
     trials = sweep.run(context, space)
     return sweep_results.write(context, space, trials).url

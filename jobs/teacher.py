@@ -22,7 +22,7 @@ def teach(context: Context, until: str | None) -> str | None:
     if context.dry_run:
         print(plan.describe(context, pipeline, until, foresee.teaching))
         return None
-    plan.begin(context, until, foresee.teaching)
+    plan.begin(context)
     return pipeline(context, until)
 
 

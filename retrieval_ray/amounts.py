@@ -178,15 +178,15 @@ def held_out(lists: int, share: float, most: int) -> int:
 
 def train(
     lists: Sequence[int], batch: int, epochs: int, list_size: int, dev_texts: int, student: Student,
-    rate: Rate, reading: Rate, workers: Workers, *, note: str = "",
+    rate: Rate, reading: Rate, workers: Workers, *, share: float = 1.0, note: str = "",
 ) -> Work:  # fmt: skip
     """Every list once an epoch, forward twice and backward; dev texts forward, before and after each.
 
-    lists: of each corpus. rate: of one text there and back; reading: of one forward. At most, because
-    training stops early, a text that stands in several lists of a batch is encoded once, and a teacher
-    that is found wanting may not teach.
+    lists: of each corpus, a share of those whose number decides the batch's size. rate: of one text there and
+    back; reading: of one forward. At most, because training stops early, a text that stands in several lists
+    of a batch is encoded once, and a teacher that is found wanting may not teach.
     """
-    size = batch_size(lists, batch)
+    size = batch_size([round(count / share) for count in lists], batch)
     steps = epochs * len(epoch_batches(lists, size, seed=0, epoch=1))
     there_and_back, forward = epochs * sum(lists) * (list_size + 1), (epochs + 1) * dev_texts
     seconds = rate.of(there_and_back, workers.number)

@@ -124,9 +124,15 @@ class Location:
         only when all of it has arrived, and cannot move.
         """
         if self.filesystem.type_name in _OBJECT_STORES:
-            with self.filesystem.open_output_stream(self.path) as stream:
+            stream = self.filesystem.open_output_stream(self.path)
+            try:
                 for piece in pieces:
                     stream.write(piece)
+            except BaseException:
+                stream.close()  # pyarrow cannot break an upload off: what has arrived is an object now
+                self.remove()
+                raise
+            stream.close()
             return
         folder, _, name = self.path.rpartition("/")
         self.filesystem.create_dir(folder, recursive=True)

@@ -1,6 +1,6 @@
 """What a training step holds, and how it is cut: all of it deterministic, none of it knows a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,6 +70,33 @@ def excluded_mask(unique: Unique, excluded: Sequence[Sequence[str]]) -> npt.NDAr
     for b, ids in enumerate(excluded):
         mask_BN[b, [position[passage] for passage in ids if passage in position]] = True
     return mask_BN
+
+
+def judged_places(
+    unique: Unique, judged: Sequence[Mapping[str, float]]
+) -> tuple[Indices, npt.NDArray[np.float64]]:
+    """(place_BW, teacher_BW): for each query the passages of the batch that were judged for it, and scores.
+
+    judged: passages and scores by query; W: the most that any query has in the batch. Rows are filled up with
+    scores of minus infinity, of the batch's first passage.
+    """
+    position = unique.position
+    rows = [[(position[p], score) for p, score in row.items() if p in position] for row in judged]
+    widest = max(map(len, rows))
+    place_BW = np.zeros((len(rows), widest), dtype=np.int64)
+    teacher_BW = np.full((len(rows), widest), -np.inf)
+    for b, row in enumerate(rows):
+        place_BW[b, : len(row)] = [place for place, _ in row]
+        teacher_BW[b, : len(row)] = [score for _, score in row]
+    return place_BW, teacher_BW
+
+
+def drawn(count: int, size: int, rng: np.random.Generator) -> Indices:
+    """``size`` places of a list of ``count``: the first, and one of each even part of the others."""
+    if size >= count:
+        return np.arange(count)
+    edges = np.linspace(1, count, size).round().astype(int)
+    return np.concatenate([[0], rng.integers(edges[:-1], edges[1:])])
 
 
 def cut_chunks(lengths: Sequence[int], token_budget: int, *, multiple: int = 1) -> list[Indices]:

@@ -31,30 +31,30 @@ def save_checkpoint(
 ) -> None:
     """Write the trained weights, the optimiser's state and ``state`` (JSON); keep the last two.
 
-    name: sorts as the checkpoints were made. The tensors come last: without them there is no checkpoint.
+    name: STEP-EPOCH with leading zeros, so that names sort as checkpoints were made. The state comes last, in
+    one piece: without it there is no checkpoint.
     """
     moments = {
         f"optimiser.{kind}.{name}": torch.as_tensor(value)
         for name, parameter in _named(student)
         for kind, value in optimiser.state.get(parameter, {}).items()
     }
-    if world()[0] == 0:
-        (folder / f"checkpoint-{name}.json").write(json.dumps(state).encode())  # compact: a row a step
     _write(_weights(student) | moments, folder / f"checkpoint-{name}.safetensors")
     if world()[0] == 0:
-        for old in _checkpoints(folder)[:-_KEPT]:
-            (folder / old).remove()
-            _state_of(folder / old).remove()
+        (folder / f"checkpoint-{name}.json").write(json.dumps(state).encode())  # compact: a row a step
+        for old in _names(folder)[:-_KEPT]:
+            (folder / f"{old}.json").remove()
+            (folder / f"{old}.safetensors").remove()
 
 
 def load_checkpoint(
     student: Student, optimiser: torch.optim.Optimizer, folder: Location
 ) -> dict[str, Any] | None:
     """Go back to the newest checkpoint of a folder; returns its state, None where there is none."""
-    file = newest(folder)
-    if file is None:
+    names = _names(folder)
+    if not names:
         return None
-    tensors = _Tensors(file)
+    tensors = _Tensors(folder / f"{names[-1]}.safetensors")
     _put(student, tensors)
     kinds: dict[str, list[str]] = {}
     for key in tensors.entries:
@@ -69,7 +69,7 @@ def load_checkpoint(
                 kind: _like(value, parameter) if value.shape else value.to(parameter.device)
                 for kind, value in moments.items()
             }
-    state: dict[str, Any] = _state_of(file).read_json()
+    state: dict[str, Any] = (folder / f"{names[-1]}.json").read_json()
     return state
 
 
@@ -85,16 +85,20 @@ def load_weights(student: Student, source: Location) -> None:
 
 def newest(folder: Location) -> Location | None:
     """The file of the newest checkpoint; ``load_weights`` reads it."""
-    there = _checkpoints(folder)
-    return folder / there[-1] if there else None
+    names = _names(folder)
+    return folder / f"{names[-1]}.safetensors" if names else None
 
 
-def _checkpoints(folder: Location) -> list[str]:
-    return [n for n in folder.names() if n.startswith("checkpoint-") and n.endswith(".safetensors")]
+def step_of(folder: Location) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    names = _names(folder)
+    return int(names[-1].split("-")[1]) if names else 0
 
 
-def _state_of(file: Location) -> Location:
-    return Location(file.filesystem, f"{file.path.removesuffix('.safetensors')}.json")
+def _names(folder: Location) -> list[str]:
+    """Of the checkpoints that are whole, the oldest first."""
+    there = [name.removesuffix(".json") for name in folder.names() if name.endswith(".json")]
+    return [name for name in there if name.startswith("checkpoint-")]
 
 
 def _named(student: Student) -> list[tuple[str, torch.nn.Parameter]]:

@@ -209,6 +209,7 @@ class TrainConfig:
     share: float = 1.0  # of the training lists, the first by hash; held-out ones stay as they are
     dev_share: float = 0.1  # of the training queries, held out for dev measures
     dev_queries: int = 500  # and about so many at most
+    list_sample: int | None = None  # of each list, drawn anew each time; the KL takes all that a batch holds
     passage_tokens: int | None = None  # training reads passages only so far; null: the student's own
     chunk_tokens: int | None = None  # of one GradCache chunk, padding included; null: 2,048, on GPUs 8,192
     activation_gib: float | None = None  # that kept graphs may take; null: a share of what is free
@@ -334,6 +335,10 @@ class Config:
     def training_seed(self) -> int:
         """Of the order of batches, dropout, routers and LoRA."""
         return self.seed if self.train.seed is None else self.train.seed
+
+    def encoded_of_a_list(self) -> int:
+        """Passages of each list that a training step encodes."""
+        return min(self.groups.list_size, self.train.list_sample or self.groups.list_size)
 
     def corpora(self) -> list[DatasetConfig]:
         """The corpora of this run, at least one."""

@@ -2,8 +2,10 @@
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
 from operator import attrgetter
+from typing import Any
 from urllib.parse import urlsplit
 
 from retrieval_ray.config import EMBEDDED, MODELS, Config, MoeConfig, TeacherConfig
@@ -66,7 +68,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
         "min_warmup_steps": (0, _MANY), "lr_floor": (0, 1), "teacher_temperature": (_TINY, _MANY),
         "student_temperature": (_TINY, _MANY), "infonce_temperature": (_TINY, _MANY),
         "chunk_tokens": (1, _MANY), "activation_gib": (0, _MANY),
-        "passage_tokens": (1, _MANY), "checkpoint_minutes": (0, _MANY),
+        "passage_tokens": (1, _MANY), "list_sample": (2, _MANY), "checkpoint_minutes": (0, _MANY),
         "refresh_steps": (1, _MANY), "refresh_epochs": (_TINY, _MANY), "rounds": (1, _MANY),
     },
     "train.terms": {
@@ -206,11 +208,6 @@ def check(config: Config) -> None:
             config.llm.engine != "endpoint" or bool(config.llm.url),
             "llm.url: an endpoint needs its address, like http://localhost:8000/v1",
         )
-        need(
-            not urlsplit(config.llm.url or "").password,
-            "llm.url: no password here, it would stand in manifests; put a key into the environment variable "
-            f"{config.llm.key_variable} (llm.key_variable)",
-        )
         need("messages" not in config.llm.body, "llm.body: the messages are made from the prompts")
     need(
         min(config.llm.kinds.values(), default=1) >= 0 and sum(config.llm.kinds.values() or [1]) > 0,
@@ -232,11 +229,13 @@ def check(config: Config) -> None:
             getattr(config.tracking, key) is None or importlib.util.find_spec(key) is not None,
             f"tracking.{key}: needs the package {key}: pip install -c constraints.txt -e '.[tracking]'",
         )
-    need(
-        not urlsplit(config.tracking.mlflow or "").password,
-        "tracking.mlflow: no password here, it would stand in manifests; put it into the environment "
-        "variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-    )
+    for key, text in _texts(vars(config)):
+        need(
+            not _names_someone(text),
+            f"{key}: no password or token here, it would stand in manifests; put it into the environment: "
+            f"{config.llm.key_variable} for an endpoint (llm.key_variable), MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
     for number, corpus in enumerate(config.corpora()):
         where = f"datasets[{number}]" if config.datasets else "dataset"
         need(
@@ -312,6 +311,30 @@ def _check_teacher(teacher: TeacherConfig) -> None:
         weights is None or (min(weights.values(), default=0) >= 0 and sum(weights.values()) > 0),
         "teacher.weights: must not be negative, and one must be more than 0",
     )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a config, with its key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _texts(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            yield from _texts(part, f"{key}[{number}]")
+    elif is_dataclass(value):
+        yield from _texts(vars(value), key)
+
+
+def _names_someone(text: str) -> bool:
+    """Whether it is an address with a password, or, where a user may be a token, with a user."""
+    try:
+        address = urlsplit(text)
+        token = address.username and address.scheme in ("http", "https", "s3", "gs")
+        return bool(address.password or token)
+    except ValueError:  # no address
+        return False
 
 
 def _check_moe(moe: MoeConfig, need: Callable[[bool, str], None]) -> None:

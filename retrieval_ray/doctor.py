@@ -126,7 +126,7 @@ def _together(found: Sequence[Problem]) -> list[Problem]:
 
 def _request(pools: Sequence[Pool], request: Request) -> list[Problem]:
     found = []
-    fitting = sum(pool.count * _fit(pool, request.cpus, request.gpus) for pool in pools)
+    fitting = room(pools, request.cpus, request.gpus)
     each = f"{request.cpus:g} CPU and {request.gpus:g} GPU each"
     largest = max(pools, key=lambda pool: (pool.gpus, pool.cpus), default=Pool(0, 0, 0))
     size = f"the largest node has {largest.cpus:g} CPU and {largest.gpus:g} GPU"
@@ -140,7 +140,7 @@ def _request(pools: Sequence[Pool], request: Request) -> list[Problem]:
         what = f"no {_SPARE_CPUS} CPUs are left beside {request.workers} workers ({each})"
         advice = f"Lower compute.cpus_per_worker or {request.workers_key}: Ray's own tasks need some"
         found.append(Problem("cluster", what, advice))
-    engines = sum(pool.count * _fit(pool, request.engine_gpus, request.engine_gpus) for pool in pools)
+    engines = room(pools, request.engine_gpus, request.engine_gpus)
     if request.engines > engines:
         what = f"{request.engines} vLLM engines of {request.engine_gpus} GPU do not fit: {engines} do"
         advice = "Lower llm.replicas or llm.vllm.tensor_parallel_size, or add nodes"
@@ -148,10 +148,15 @@ def _request(pools: Sequence[Pool], request: Request) -> list[Problem]:
     return found
 
 
+def room(pools: Sequence[Pool], cpus: float, gpus: float) -> int:
+    """How many workers the nodes hold, each worker whole on one of them."""
+    return sum(pool.count * _fit(pool, cpus, gpus) for pool in pools)
+
+
 def _fit(pool: Pool, cpus: float, gpus: float) -> int:
-    """How many workers one node of the pool holds."""
-    rooms = [int(have // need) for have, need in ((pool.cpus, cpus), (pool.gpus, gpus)) if need > 0]
-    return min(rooms, default=0)
+    """How many workers one node of the pool holds; five fifths of a GPU are one, whatever floats say."""
+    asked = ((pool.cpus, cpus), (pool.gpus, gpus))
+    return min((int(have / need + 1e-6) for have, need in asked if need > 0), default=0)
 
 
 def _versions(nodes: Sequence[Node], driver_source: str) -> list[Problem]:

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.balance import Balance
-from retrieval_ray.batching import epoch_batches
+from retrieval_ray.batching import drawn, epoch_batches
 from retrieval_ray.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_weights
 from retrieval_ray.errors import TrainingStopped
 from retrieval_ray.memory import activation_bytes
@@ -66,6 +66,7 @@ class Settings:
     dropout: bool
     checkpoint_seconds: float
     seed: int
+    list_sample: int | None = None  # passages of a list that a step encodes, drawn anew each time; None: all
     balance_weight: float = 0.0  # of the load-balancing loss of a student with experts
     jitter: float = 0.0  # of its routers
     runs: int = 1  # trainings that there may be on this machine at the same time
@@ -101,7 +102,8 @@ def fit(
     should_checkpoint: Callable[[], bool] = lambda: False,
     until: int | None = None,
 ) -> Progress:
-    """Train, and leave the best trained weights in the student and in ``folder / best.safetensors``.
+    """Train, and leave the best trained weights in the student and in ``best_weights`` of
+    the folder.
 
     Continues from the newest checkpoint in ``folder``; the batches to come do not depend on the number of
     ranks, so any number may go on. Whether the best trained epoch beats the untouched student is
@@ -145,6 +147,11 @@ def fit(
         if world()[0] == 0:
             (folder / "steps.jsonl").write(_lines(_steps(progress)))
             (folder / "epochs.jsonl").write(_lines(progress.history))
+            if progress.best_epoch is not None:
+                best = best_weights(folder, progress.best_epoch)
+                for name in folder.names():
+                    if name.startswith("best-") and not best.path.endswith(name):
+                        (folder / name).remove()
         saved_at = time.monotonic()
 
     def finish_epoch() -> None:
@@ -162,7 +169,7 @@ def fit(
         if progress.epoch > 0:
             if candidate(progress.history) == progress.epoch:
                 progress.best_epoch = progress.epoch
-                save_weights(student, folder / "best.safetensors")
+                save_weights(student, best_weights(folder, progress.epoch))
             improved = chosen(progress.history) == progress.epoch
             progress.stale = 0 if improved else progress.stale + 1
         progress.done = progress.stale >= settings.patience or progress.epoch >= settings.max_epochs
@@ -181,6 +188,8 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * scale
         lists = _take(corpora[which].train, indices)
+        if settings.list_sample is not None:
+            lists = _drawn(lists, settings.list_sample, np.random.default_rng([settings.seed, progress.step]))
         clock = Clock(student.device)
         seed = (settings.seed, progress.step)
         balance = (
@@ -255,8 +264,13 @@ def fit(
             finish_epoch()
     if progress.done and progress.best_epoch is not None:
         _wait_for_rank_zero()  # its file
-        load_weights(student, folder / "best.safetensors")
+        load_weights(student, best_weights(folder, progress.best_epoch))
     return progress
+
+
+def best_weights(folder: Location, epoch: int) -> Location:
+    """Where the best trained weights lie, by their epoch: a checkpoint never names those of another."""
+    return folder / f"best-{epoch:03d}.safetensors"
 
 
 def _add_load(progress: Progress, taken: Mapping[str, Sequence[int]]) -> None:
@@ -322,6 +336,24 @@ def _take(lists: Lists, indices: Any) -> Lists:
         np.asarray(lists.teacher_BK)[indices],
         [lists.excluded_ids[i] for i in indices],
         None if lists.negative_query_ids is None else [lists.negative_query_ids[i] for i in indices],
+    )
+
+
+def _drawn(lists: Lists, size: int, rng: np.random.Generator) -> Lists:
+    """Some passages of each list, beside all of its judgements."""
+    places = [drawn(len(row), size, rng) for row in lists.passage_ids]
+    own = lists.negative_query_ids
+    if own is not None:
+        own = [[row[i - 1] for i in at[1:]] for row, at in zip(own, places, strict=True)]
+    return replace(
+        lists,
+        passage_ids=[[row[i] for i in at] for row, at in zip(lists.passage_ids, places, strict=True)],
+        teacher_BK=np.take_along_axis(lists.teacher_BK, np.stack(places), axis=1),
+        negative_query_ids=own,
+        judged=[
+            dict(zip(row, scores_K, strict=True))
+            for row, scores_K in zip(lists.passage_ids, lists.teacher_BK.tolist(), strict=True)
+        ],
     )
 
 

@@ -18,11 +18,14 @@ def listwise_kl(
     """Forward KL from teacher to student over each query's own list, mean over queries.
 
     KL( softmax(t / tau_t) || softmax(c / tau_s) ), no tau^2 factor, suspected false negatives
-    included (arXiv 2505.19274; train_bge_listwise.py:171-183).
+    included (arXiv 2505.19274; train_bge_listwise.py:171-183). Where a list is shorter than K, the teacher's
+    scores are minus infinity and the student's count for nothing.
     """
+    absent_BK = teacher_BK == -torch.inf
     teacher = torch.log_softmax(teacher_BK / teacher_temperature, dim=-1)
-    student = torch.log_softmax(student_BK / student_temperature, dim=-1)
-    return (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
+    logits_BK = (student_BK / student_temperature).masked_fill(absent_BK, -torch.inf)
+    student = torch.log_softmax(logits_BK, dim=-1)
+    return (teacher.exp() * (teacher - student).masked_fill(absent_BK, 0.0)).sum(dim=-1).mean()
 
 
 def infonce(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _SHARE = {"cuda": 0.8, "cpu": 0.25}  # of what is free; other programs live on a machine too
 
 
@@ -36,6 +37,18 @@ def activation_bytes(device: torch.device, parameters: int, *, runs: int = 1) ->
     # a GPU is one worker's alone
     sharers = runs * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     return max(0, int(free_bytes(device) * _SHARE[device.type] / sharers) - 3 * 4 * parameters)
+
+
+def keep_freed() -> None:
+    """Let freed memory stay with this process, until ``give_back``.
+
+    glibc gives the end of its heap back after every chunk of a step, and the kernel clears each page of it
+    for the next one: a tenth of a training step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def give_back() -> None:

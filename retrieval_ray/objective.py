@@ -25,6 +25,8 @@ class Block:
     scores_BN: Tensor
     index_BK: Tensor  # where each list's passages stand among N
     teacher_BK: Tensor
+    judged_BW: Tensor  # where all passages of the batch stand that the teacher judged for a query
+    judged_teacher_BW: Tensor  # minus infinity where a query has fewer than W
     excluded_BN: Tensor  # True where a passage is no negative for the query
     counts_N: Tensor  # in how many list places each passage stands
     own_BJ: Tensor  # cosines of each negative with the query it does answer
@@ -62,8 +64,8 @@ class Objective:
 
 def _kl(o: Objective, b: Block) -> Tensor:
     return losses.listwise_kl(
-        b.student_BK,
-        b.teacher_BK,
+        b.scores_BN.gather(1, b.judged_BW),
+        b.judged_teacher_BW,
         student_temperature=o.student_temperature,
         teacher_temperature=o.teacher_temperature,
     )
@@ -121,6 +123,7 @@ class Batch:
     query_B: Tensor
     index_BK: Tensor
     teacher_BK: Tensor
+    judged: Callable[[slice], tuple[Tensor, Tensor]]  # judged_BW and judged_teacher_BW of some queries
     excluded: Callable[[slice], Tensor]  # excluded_BN of some queries
     counts_N: Tensor
     own_BJ: Tensor  # which query each negative does answer; -1: none is known
@@ -153,6 +156,7 @@ def loss_and_gradient(
 
 def _block(queries_UD: Tensor, passages_ND: Tensor, batch: Batch, part: slice) -> Block:
     index_BK, own_BJ = batch.index_BK[part], batch.own_BJ[part]
+    judged_BW, judged_teacher_BW = batch.judged(part)
     own_there_BJ = own_BJ >= 0
     cosine_BJ = own_there_BJ.new_zeros(own_BJ.shape, dtype=queries_UD.dtype)
     if own_there_BJ.any():
@@ -162,6 +166,8 @@ def _block(queries_UD: Tensor, passages_ND: Tensor, batch: Batch, part: slice) -
         scores_BN=queries_UD[batch.query_B[part]] @ passages_ND.T,
         index_BK=index_BK,
         teacher_BK=batch.teacher_BK[part],
+        judged_BW=judged_BW,
+        judged_teacher_BW=judged_teacher_BW,
         excluded_BN=batch.excluded(part),
         counts_N=batch.counts_N,
         own_BJ=cosine_BJ,

@@ -8,7 +8,7 @@ needed: a batch of any size fits, chunk by chunk, and its loss sees all of it.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from retrieval_ray.balance import Balance
-from retrieval_ray.batching import cut_chunks, deal, excluded_mask, unique_passages
+from retrieval_ray.batching import cut_chunks, deal, excluded_mask, judged_places, unique_passages
 from retrieval_ray.gradcache import embed_cached, seeded
 from retrieval_ray.objective import Batch, Objective, loss_and_gradient
 from retrieval_ray.student import WIDTH, Role, Student
@@ -40,6 +40,8 @@ class Lists:
     excluded_ids: Sequence[Sequence[str]]
     # the query that each negative does answer (K - 1 a list, None where unknown), for CLP
     negative_query_ids: Sequence[Sequence[str | None]] | None = None
+    # where lists are drawn from longer ones: these, with the teacher's scores
+    judged: Sequence[Mapping[str, float]] | None = None
 
 
 class NotFinite(FloatingPointError):
@@ -215,14 +217,24 @@ def training_step(
     def excluded(part: slice) -> Tensor:
         return torch.from_numpy(excluded_mask(unique, lists.excluded_ids[part])).to(device)
 
+    index_BK = torch.from_numpy(unique.index_BK).to(device)
+    teacher_BK = torch.from_numpy(np.asarray(lists.teacher_BK, dtype=np.float64)).to(device)
+
+    def judged(part: slice) -> tuple[Tensor, Tensor]:
+        if lists.judged is None:
+            return index_BK[part], teacher_BK[part]
+        places_BW, scores_BW = judged_places(unique, lists.judged[part])
+        return torch.from_numpy(places_BW).to(device), torch.from_numpy(scores_BW).to(device)
+
     own = own or [[None] * (unique.index_BK.shape[1] - 1)] * len(lists.query_ids)
     values, gradient_MD = loss_and_gradient(
         objective,
         torch.split(embeddings_MD, [len(queries), len(passages)]),
         Batch(
             query_B=torch.tensor([query_at[q] for q in lists.query_ids], device=device),
-            index_BK=torch.from_numpy(unique.index_BK).to(device),
-            teacher_BK=torch.from_numpy(np.asarray(lists.teacher_BK, dtype=np.float64)).to(device),
+            index_BK=index_BK,
+            teacher_BK=teacher_BK,
+            judged=judged,
             excluded=excluded,
             counts_N=torch.from_numpy(unique.counts_N).to(device),
             own_BJ=torch.tensor(

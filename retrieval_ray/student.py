@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from retrieval_ray.batching import cut_chunks
 from retrieval_ray.errors import UserError
-from retrieval_ray.memory import give_back
+from retrieval_ray.memory import give_back, keep_freed
 from retrieval_ray.model_code import Source
 from retrieval_ray.model_files import load_model, resolve_model, save_model
 from retrieval_ray.tokens import Tokens
@@ -218,11 +217,13 @@ class Student:
         return found
 
     def prepare_training(self) -> None:
-        """Choose the attention that goes backward fastest.
+        """Choose the attention that goes backward fastest, and keep freed memory.
 
         On a CPU in bf16 that is plain matrix products, whose forward and backward take 0.75 to 0.85 of
         the time of torch's fused kernel; they keep every attention probability, so only for short texts.
         """
+        if self.device.type == "cpu":
+            keep_freed()
         short = max(self.max_tokens.values()) <= _PLAIN_ATTENTION_TOKENS
         if self.device.type == "cpu" and self.precision == "bfloat16" and short:
             self.model[0].auto_model.set_attn_implementation("eager")
@@ -258,6 +259,8 @@ class Student:
         Not those of a sharded student: each layer's are gathered for its own time, and casts would stay.
         """
         if self.precision == "bfloat16":
+            from torch.distributed.fsdp import FSDPModule  # not above: it takes more than a second to import
+
             sharded = isinstance(self.model, FSDPModule)
             return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not sharded)
         return contextlib.nullcontext()

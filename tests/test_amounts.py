@@ -110,3 +110,10 @@ def test_search_is_a_product_and_its_rows() -> None:
     assert dense == 2 * 384 * 1e6 / 1e9 + 200 * 4.71e-6
     both = amounts.search_seconds(10**6, 384, ["dense", "bm25"], 100, flops=1e9, bm25=1e-6)
     assert math.isclose(both - dense, 1e6 * 1e-6 + 100 * 4.71e-6)
+
+
+def test_a_share_of_the_lists_is_trained_in_batches_of_the_whole() -> None:
+    """As ``stages/train.py`` makes them: 100 of 1,000 lists are 2 batches of about 48, not 9 of 12."""
+    rate = Rate(1.0)
+    assert amounts.train([100], 48, 1, 8, 0, MINILM, rate, rate, Workers(), share=0.1).rows == 2
+    assert amounts.train([100], 48, 1, 8, 0, MINILM, rate, rate, Workers()).rows == 9

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval_ray.batching import cut_chunks, deal, epoch_batches, excluded_mask, unique_passages
+from retrieval_ray.batching import (
+    cut_chunks,
+    deal,
+    drawn,
+    epoch_batches,
+    excluded_mask,
+    judged_places,
+    unique_passages,
+)
 
 SIZES = st.lists(st.integers(0, 60), max_size=4)
 LENGTHS = st.lists(st.integers(1, 40), max_size=40)
@@ -91,6 +99,35 @@ def test_the_mask_is_by_id_over_the_whole_batch(lists, data):
     mask = excluded_mask(unique, excluded)
     for b, left_out in enumerate(excluded):
         assert mask[b].tolist() == [passage in left_out for passage in unique.passage_ids]
+
+
+@given(LISTS.filter(bool), st.data())
+def test_of_what_was_judged_the_batch_s_own_passages_are_found(lists, data):
+    """Each with its score; behind them nothing but minus infinity."""
+    more = st.dictionaries(st.sampled_from("abcdefgxyz"), st.floats(-5, 5), max_size=6)
+    judged = [dict.fromkeys(row, 1.0) | data.draw(more) for row in lists]
+    unique = unique_passages(lists)
+    places, scores = judged_places(unique, judged)
+    assert places.shape == scores.shape
+    for row, at, found in zip(judged, places, scores, strict=True):
+        there = {p: s for p, s in row.items() if p in unique.passage_ids}
+        assert {unique.passage_ids[n]: s for n, s in zip(at, found, strict=True) if s > -math.inf} == there
+        assert np.isinf(found).sum() == len(found) - len(there)
+
+
+@given(st.integers(1, 60), st.integers(2, 20), st.integers(0, 5))
+def test_the_first_is_drawn_and_one_of_each_part_of_the_others(count, size, seed):
+    places = drawn(count, size, np.random.default_rng(seed))
+    assert places[0] == 0 and len(places) == min(size, count)
+    assert all(a < b for a, b in zip(places, places[1:], strict=False)) and places[-1] < count
+    if size < count:
+        part = (count - 1) / (size - 1)
+        assert all((n - 1) * part - 1 <= at - 1 < n * part + 1 for n, at in enumerate(places[1:], start=1))
+
+
+def test_every_place_of_a_list_is_drawn_now_and_then():
+    rng = np.random.default_rng(0)
+    assert {int(n) for _ in range(300) for n in drawn(50, 8, rng)} == set(range(50))
 
 
 @given(LENGTHS, st.integers(1, 120))

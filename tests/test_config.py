@@ -417,6 +417,23 @@ def test_an_llm_must_be_named_and_an_endpoint_must_have_an_address(path: Path) -
     assert config.llm.kinds == {"title": 2}
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("output_dir", "s3://AKIA:topsecret@lake/run"),
+        ("store", "s3://AKIA:topsecret@lake/store"),
+        ("teacher.url", "https://topsecret@host/v1"),
+        ("student.model", "https://topsecret@host/model"),
+        ("datasets", "[{path: 'hdfs://me:topsecret@host/corpus'}]"),
+    ],
+)
+def test_no_address_holds_a_secret(path: Path, key: str, value: str) -> None:
+    """All of a config stands in every manifest."""
+    said = error_of(path, f"{key}={value}")
+    assert "no password or token here" in said and key in said and "topsecret" not in said
+    load(str(path), ["output_dir=hdfs://me@host/run", "student.model=some/model@revision"])
+
+
 def test_too_few_logical_cpus_are_told_why(path: Path) -> None:
     assert "starve each other" in error_of(path, "compute.logical_cpus=7")
     assert load(str(path), ["compute.logical_cpus=8"]).compute.logical_cpus == 8

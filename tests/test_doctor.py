@@ -118,6 +118,7 @@ def test_workers_are_whole_on_a_node() -> None:
     assert len(found(node("n1"), request=Request(3, 4, 0), pools=[six])) == 1
     assert found(node("n1"), request=Request(3, 4, 0), pools=[replace(six, count=3)]) == []
     assert found(node("n1"), request=Request(16, 0.5, 0.25), pools=[Pool(32, 8, 1)]) == []
+    assert found(node("n1"), request=Request(5, 1, 0.2), pools=[Pool(32, 1, 1)]) == []  # 1.0 // 0.2 is 4
 
 
 def test_of_a_cluster_that_grows_no_room_is_asked() -> None:

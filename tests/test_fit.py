@@ -28,15 +28,18 @@ def _fit(folder, corpus, target, settings=SETTINGS, **more):
     return progress, {name: p.detach().clone() for name, p in student.model.named_parameters()}
 
 
-def test_a_run_killed_and_resumed_drops_the_same_and_ends_with_the_same_weights(
-    student_folder, corpus, tmp_path
+@pytest.mark.parametrize("sample", [None, 2])
+def test_a_run_killed_and_resumed_drops_and_draws_the_same_and_ends_with_the_same_weights(
+    student_folder, corpus, tmp_path, sample
 ):
-    whole, weights = _fit(student_folder, corpus, tmp_path / "whole")
+    settings = replace(SETTINGS, list_sample=sample)
+    whole, weights = _fit(student_folder, corpus, tmp_path / "whole", settings)
 
     with pytest.raises(Killed):
-        _fit(student_folder, corpus, tmp_path / "broken", on_step=kill_at(4))
+        _fit(student_folder, corpus, tmp_path / "broken", settings, on_step=kill_at(4))
     torch.manual_seed(99)
-    resumed, again = _fit(student_folder, corpus, tmp_path / "broken")
+    resumed, again = _fit(student_folder, corpus, tmp_path / "broken", settings)
+    assert {row["passages"] for row in whole.steps} == {4 * (sample or 4), 2 * (sample or 4)}
     assert (resumed.steps, resumed.history) == (whole.steps, whole.history)
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 

@@ -80,6 +80,26 @@ def test_listwise_kl_is_the_naive_sum(seed, rows, size, student_temperature, tea
     torch.testing.assert_close(ours, naive, atol=1e-12, rtol=1e-9)
 
 
+@given(SEEDS, st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_the_kl_of_lists_of_several_lengths_is_the_mean_of_theirs(seed, lengths):
+    """What stands behind a list's end counts for nothing, nor does it have a gradient."""
+    student, teacher = 2 * _random(seed, len(lengths), 7) - 1, _random(seed + 1, len(lengths), 7)
+    absent = torch.arange(7) >= torch.tensor(lengths)[:, None]
+    student = student.masked_fill(absent, 100.0).requires_grad_()
+    ours = listwise_kl(
+        student, teacher.masked_fill(absent, -torch.inf), student_temperature=0.1, teacher_temperature=0.3
+    )
+    alone = [
+        oracles.listwise_kl(student[n : n + 1, :size], teacher[n : n + 1, :size], 0.1, 0.3)
+        for n, size in enumerate(lengths)
+    ]
+    expected = torch.stack(alone).mean()
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-9)
+    (gradient,), (plain,) = torch.autograd.grad(ours, student), torch.autograd.grad(expected, student)
+    torch.testing.assert_close(gradient, plain, atol=1e-12, rtol=1e-9)
+    assert bool((gradient[absent] == 0).all())
+
+
 @given(SEEDS, TEMPERATURES, st.floats(0.2, 2.0))
 def test_kl_is_zero_exactly_where_the_distributions_are_equal(seed, student_temp, teacher_temp):
     teacher = _random(seed, 3, 5)

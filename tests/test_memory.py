@@ -1,5 +1,6 @@
 """Free memory as recorded files of machines and containers say it."""
 
+import subprocess
 import sys
 
 import psutil
@@ -96,3 +97,31 @@ def test_what_was_freed_below_what_is_kept_goes_back_to_the_machine():
     del pieces[:-1]
     give_back()
     assert full - process.memory_info().rss > 100 * 2**20
+
+
+_ALLOCATE = """
+import resource, torch
+from retrieval_ray.memory import give_back, keep_freed
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        for size in (3, 40, 7):
+            torch.ones(size, 2**18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults()
+keep_freed()
+faults()
+kept = faults()
+give_back()
+print(first, kept, faults() > kept)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
+def test_freed_memory_is_not_asked_for_again():
+    """40 MiB that are freed and taken again ten times are 100,000 pages to clear, or none."""
+    done = subprocess.run([sys.executable, "-c", _ALLOCATE], capture_output=True, text=True, check=True)
+    first, kept, given_back = done.stdout.split()
+    assert int(first) > 50_000 and int(kept) < 1_000 and given_back == "True"

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from retrieval_ray import step
 from retrieval_ray.artifacts import Location
 from retrieval_ray.checkpoints import load_weights
-from retrieval_ray.fit import fit
+from retrieval_ray.fit import best_weights, fit
 from retrieval_ray.lora import add_lora
 from retrieval_ray.sharding import shard
 from retrieval_ray.student import Student
@@ -145,7 +145,8 @@ def test_a_run_of_two_workers_goes_on_with_one(folder, ranks, one, student_folde
 
 def test_sharded_weights_are_those_of_a_whole_student(folder, ranks, student_folder):
     student = Student(student_folder, precision="float32", device="cpu")
-    load_weights(student, Location.of(str(folder / "sharded")) / "best.safetensors")
+    best = ranks[0]["progress"].best_epoch
+    load_weights(student, best_weights(Location.of(str(folder / "sharded")), best))
     assert all(torch.equal(ranks[0]["whole"][name], weight) for name, weight in _weights(student).items())
 
 

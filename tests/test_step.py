@@ -103,8 +103,18 @@ def _naive(student, batch, embed=None):
         ]
         for names, row in zip(batch.negative_query_ids, vectors, strict=True)
     ]
+    kl = oracles.listwise_kl(scores, teacher, 0.05, 0.3)
+    if batch.judged is not None:  # of each query, whatever of it any list of the batch holds
+        there, each = {p for row in batch.passage_ids for p in row}, []
+        for query, judged in zip(queries, batch.judged, strict=True):
+            names = [p for p in judged if p in there]
+            own_scores = torch.tensor([[judged[p] for p in names]]).double()
+            each.append(
+                oracles.listwise_kl((embed(names, "passage").double() @ query)[None], own_scores, 0.05, 0.3)
+            )
+        kl = torch.stack(each).mean()
     terms = {
-        "kl": oracles.listwise_kl(scores, teacher, 0.05, 0.3),
+        "kl": kl,
         "infonce": oracles.infonce(queries, vectors, batch.passage_ids, batch.excluded_ids, 0.02),
         "infonce_list": oracles.infonce_list(scores, left_out, 0.02),
         "margin_mse": oracles.margin_mse(scores, teacher, 0.05, 0.3),
@@ -141,6 +151,28 @@ def test_the_gradient_is_the_plain_one_in_float64(student_folder, float64, size,
     terms, expected = _step(ours, batch, chunk_tokens), _naive(plain, batch)
     assert {name: terms[name] for name in expected} == pytest.approx(expected, rel=1e-10)
     _same(_gradients(ours), _gradients(plain), relative=1e-10)
+
+
+def _judged(batch, seed=0):
+    """The batch, its lists drawn from longer ones: of 7 of the passages, and of one that no list holds."""
+    rng = np.random.default_rng(seed)
+    judged = []
+    for row, scores in zip(batch.passage_ids, batch.teacher_BK, strict=True):
+        others = [f"p{n}" for n in range(9) if f"p{n}" not in row][:3]
+        more = dict(zip([*others, "elsewhere"], rng.random(4).tolist(), strict=True))
+        judged.append(dict(zip(row, scores.tolist(), strict=True)) | more)
+    return replace(batch, judged=judged)
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_of_lists_that_were_drawn_the_kl_takes_all_that_the_batch_holds(student_folder, float64, size):
+    batch = _judged(_batch(size))
+    ours, plain, short = (DoubleStudent(student_folder) for _ in range(3))
+    terms, expected = _step(ours, batch, 60), _naive(plain, batch)
+    assert {name: terms[name] for name in expected} == pytest.approx(expected, rel=1e-10)
+    _same(_gradients(ours), _gradients(plain), relative=1e-10)
+    alone = _step(short, _batch(size), 60)
+    assert (terms["kl"] == pytest.approx(alone["kl"])) == (size == 1)  # alone, it holds its own list
 
 
 @pytest.mark.parametrize("chunk_tokens", CHUNKS)
@@ -241,9 +273,9 @@ def test_the_released_form_of_clp_is_the_published_loss(student_folder, float64,
 def test_the_loss_in_blocks_of_queries_is_the_loss_at_once(student_folder, float64, monkeypatch, rows):
     """Blocks of 1, 2 and 4 of 6 queries: the last one is short."""
     whole, blocks = DoubleStudent(student_folder), DoubleStudent(student_folder)
-    expected = _step(whole, _batch(6), 60)
+    expected = _step(whole, _judged(_batch(6)), 60)
     monkeypatch.setattr(objective, "_BLOCK_QUERIES", rows)
-    assert _step(blocks, _batch(6), 60) == pytest.approx(expected, rel=1e-12)
+    assert _step(blocks, _judged(_batch(6)), 60) == pytest.approx(expected, rel=1e-12)
     _same(_gradients(blocks), _gradients(whole), relative=1e-12)
 
 

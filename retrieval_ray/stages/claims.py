@@ -9,13 +9,22 @@ import ray
 
 @ray.remote(num_cpus=0)
 class Owners:
-    """Stages by fingerprint, the run that each belongs to until it gives it back, and what runs say."""
+    """The run that each stage, by its fingerprint, belongs to until it gives it back, and what runs say."""
 
     def __init__(self) -> None:
         self.owners: dict[str, str] = {}
         self.ended: set[str] = set()  # runs; a question of theirs may still be waiting
         self.changed = asyncio.Condition()
         self.lines: list[str] = []
+        self.refused: dict[str, str] = {}
+
+    async def refuse(self, owner: str, why: str) -> None:
+        """A run cannot be, however often it is tried: the user must mend something."""
+        self.refused[owner] = why
+
+    async def refusal(self, owner: str) -> str | None:
+        """Why a run cannot be."""
+        return self.refused.get(owner)
 
     async def tell(self, line: str) -> None:
         """What a run has to say, for ``told``."""

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from retrieval_ray.config import ComputeConfig
-from retrieval_ray.doctor import Pool
+from retrieval_ray.doctor import Pool, room
 from retrieval_ray.errors import UserError
 
 _LAUNCHED = "~/ray_bootstrap_config.yaml"  # what Ray's launcher leaves on the head that it starts
@@ -98,6 +98,16 @@ def node_types() -> list[Pool]:
     ]  # fmt: skip
 
 
+def pools(compute: ComputeConfig) -> list[Pool] | None:
+    """The nodes that are there, or may still come; None where nobody knows how many these are."""
+    if compute.autoscale:
+        return None
+    if types := node_types():
+        return types
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Pool(float(has.get("CPU", 0)), float(has.get("GPU", 0)), 1) for has in there]
+
+
 def _check(compute: ComputeConfig, gpus: float, trials: int) -> None:
     there, workers = offered(compute), compute.fewest_workers()
     key = "compute.workers" if compute.min_workers is None else "compute.min_workers"
@@ -115,3 +125,9 @@ def _check(compute: ComputeConfig, gpus: float, trials: int) -> None:
                 f"cluster has at most {there.get(name, 0):g}. Lower {key}, or give the cluster more"
                 + (" (a local one: compute.logical_cpus)" if name == "CPU" else "")
             )
+    nodes = pools(compute)
+    if nodes is not None and (fitting := room(nodes, compute.cpus_per_worker, gpus)) < trials * workers:
+        raise UserError(
+            f"{key}={workers}{at_once}: of workers of {compute.cpus_per_worker} CPU and {gpus:g} GPU, each "
+            f"whole on one node, the cluster's nodes hold {fitting}. Lower {key}, or compute.cpus_per_worker"
+        )

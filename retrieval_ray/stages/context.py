@@ -71,9 +71,9 @@ class Context:
                 self.claims.give_back(stage.fingerprint)
             if not known:
                 self.ledger.reused(ledger_name(stage))
-            if not self.quiet:
-                say(f"{label}: done already ({stage.folder.path.rpartition('/')[2]})")
-            self.planned.append(f"reuse  {label} ({stage.name}-{stage.fingerprint})")
+                self.planned.append(f"reuse  {label} ({stage.name}-{stage.fingerprint})")
+                if not self.quiet:
+                    say(f"{label}: done already ({stage.folder.path.rpartition('/')[2]})")
             return False
         if self.dry_run:
             there = len([n for n in stage.folder.names() if not n.startswith(".")])

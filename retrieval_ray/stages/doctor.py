@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.config import Config
-from retrieval_ray.doctor import Node, Pool, Problem, Request, problems, report, source_sha
+from retrieval_ray.doctor import Node, Problem, Request, problems, report, source_sha
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
 from retrieval_ray.sources import open_source
@@ -46,7 +46,7 @@ def examine(config: Config) -> tuple[str, bool]:
     nodes, silent = _nodes(config, alive)
     source = source_sha(SOURCE)
     found = _datasets(config) + problems(
-        nodes, _pools(config, alive), request_of(config), driver_source=source, silent=silent
+        nodes, cluster.pools(config.compute), request_of(config), driver_source=source, silent=silent
     )
     return report(nodes, found), not any(problem.stops for problem in found)
 
@@ -82,13 +82,6 @@ def request_of(config: Config) -> Request:
         engine_gpus=devices(llm.vllm),
         vllm_keys=keys,
     )
-
-
-def _pools(config: Config, alive: Sequence[Mapping[str, Any]]) -> list[Pool] | None:
-    """The nodes that are there, or may still come; None where nobody knows how many these are."""
-    if config.compute.autoscale:
-        return None
-    return cluster.node_types() or [Pool(_has(node, "CPU"), _has(node, "GPU"), 1) for node in alive]
 
 
 def _has(node: Mapping[str, Any], name: str) -> float:

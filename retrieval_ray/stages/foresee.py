@@ -14,11 +14,10 @@ from retrieval_ray.forecast import Work
 from retrieval_ray.model_files import Model
 from retrieval_ray.stages import given
 from retrieval_ray.stages.context import STAGES, Context
-from retrieval_ray.stages.judges import Judge, judges_of
+from retrieval_ray.stages.judges import judges_of
 from retrieval_ray.stages.known import Known, judged_corpus, look
-from retrieval_ray.stages.rates import TEXTS, Rates, found, sampled
+from retrieval_ray.stages.rates import TEXTS, sampled
 from retrieval_ray.stages.works import (
-    before_training,
     encoding,
     kept,
     one_training,
@@ -26,7 +25,7 @@ from retrieval_ray.stages.works import (
     retrieval,
     scoring,
     sizes_of,
-    training,
+    up_to,
     workers_of,
 )
 
@@ -40,25 +39,25 @@ class Foreseen:
     lines: list[str]
 
 
-def adapting(context: Context, until: str | None, *, sample: bool) -> Foreseen:
-    """The main job, and those that do a part of it. sample: whether time may be spent on one."""
-    judges, corpora = judges_of(context), look(context, sample)
+def adapting(context: Context, until: str | None) -> Foreseen:
+    """The main job, and those that do a part of it."""
     to = STAGES.index(until) if until else len(STAGES)
-    rates = rates_of(context, judges, corpora, sample=sample and to >= STAGES.index("encode"))
-    works = _up_to(context, to, corpora, judges, rates)
+    corpora, judges = look(context, True), judges_of(context) if to >= STAGES.index("score") else []
+    rates = rates_of(context, judges, corpora, sample=to >= STAGES.index("encode"))
+    works = up_to(context, to, corpora, judges, rates)
     if to == len(STAGES):
         works.append(amounts.results(sizes_of(context.student)))
     return Foreseen([*works, *kept(context, works)], rates.source, _told(corpora))
 
 
-def sweeping(context: Context, until: str | None, *, sample: bool, trials: Sequence[Config]) -> Foreseen:
+def sweeping(context: Context, until: str | None, *, trials: Sequence[Config]) -> Foreseen:
     """Trials one after the other; until: where each ends. What they share is done by the first.
 
     Trials that differ in ``train`` alone share all but their training; others share at least something, so
     theirs is at most so much.
     """
-    judges, corpora = judges_of(context), look(context, sample)
-    rates, to = rates_of(context, judges, corpora, sample=sample), STAGES.index(until or "train")
+    judges, corpora = judges_of(context), look(context, True)
+    rates, to = rates_of(context, judges, corpora, sample=True), STAGES.index(until or "train")
     works: list[Work] = []
     begun: list[Any] = []
     for trial in trials:
@@ -67,19 +66,19 @@ def sweeping(context: Context, until: str | None, *, sample: bool, trials: Seque
         if shared in begun:
             works.append(one_training(own, corpora, rates, ""))
             continue
-        looked = corpora if not begun else look(own, False)
-        works += _up_to(own, to, looked, judges_of(own), rates)
+        looked = corpora if not begun else look(replace(own, touched={}), False)  # not the first's counts
+        works += up_to(own, to, looked, judges_of(own), rates)
         begun.append(shared)
     return Foreseen([*works, *kept(context, works)], rates.source, _told(corpora))
 
 
-def teaching(context: Context, until: str | None, *, sample: bool) -> Foreseen:
+def teaching(context: Context, until: str | None) -> Foreseen:
     """The job that trains a cross-encoder."""
     config = context.config.reranker
     corpora = [
         judged_corpus(context, dataset, number) for number, dataset in enumerate(context.config.corpora())
     ]
-    rates = rates_of(context, [], corpora, sample=sample)
+    rates = rates_of(context, [], corpora, sample=True)
     workers, works = workers_of(context), []
     for known in corpora:
         works += [amounts.corpus(known.passages, known.row_bytes), amounts.queries(known.rows, at_most=True)]
@@ -95,14 +94,12 @@ def teaching(context: Context, until: str | None, *, sample: bool) -> Foreseen:
     return Foreseen(works, rates.source, [])
 
 
-def judging(context: Context, until: str | None, *, sample: bool) -> Foreseen:
+def judging(context: Context, until: str | None) -> Foreseen:
     """The job that judges given pairs."""
     judges = judges_of(context)
     count, pairs = given.some(context, TEXTS)
-    rates = found(context, judges)
-    if sample:
-        texts = [pair.passage for pair in pairs]
-        rates = sampled(context, judges, texts, [pair.query for pair in pairs], train=False)
+    texts = [pair.passage for pair in pairs]
+    rates = sampled(context, judges, texts, [pair.query for pair in pairs], train=False)
     works: list[Work] = []
     for _ in {judge.kind == "listwise" for judge in judges}:  # laid out by query, and by passage
         size = sum(len(f"{pair.query}{pair.passage}".encode()) for pair in pairs) / max(1, len(pairs))
@@ -114,10 +111,10 @@ def judging(context: Context, until: str | None, *, sample: bool) -> Foreseen:
     return Foreseen([*works, *kept(context, works)], rates.source, [])
 
 
-def merging(context: Context, until: str | None, *, sample: bool) -> Foreseen:
+def merging(context: Context, until: str | None) -> Foreseen:
     """The job that makes a model dense: its load is measured, and its quality before and after."""
     config, corpora = context.config.merge, look(context, False)
-    rates = rates_of(context, [], corpora, sample=sample)
+    rates = rates_of(context, [], corpora, sample=True)
     works, student = [], sizes_of(context.student)
     for known in corpora:
         if config.weights == "load":
@@ -134,11 +131,3 @@ def merging(context: Context, until: str | None, *, sample: bool) -> Foreseen:
 
 def _told(corpora: Sequence[Known]) -> list[str]:
     return [line for corpus in corpora if corpus.cost for line in corpus.cost.lines()]
-
-
-def _up_to(
-    context: Context, to: int, corpora: Sequence[Known], judges: Sequence[Judge], rates: Rates
-) -> list[Work]:
-    """The works of the main job's stages, in their order, up to one of them."""
-    made = before_training(context, corpora, judges, rates) | training(context, corpora, judges, rates)
-    return [work for name in STAGES[: to + 1] for work in made[name]]

@@ -65,7 +65,7 @@ def _group(context: Context, judged: Judged) -> Stage:
             weights=verdict.weights,
             by_similarity=measured_by_similarity(context),
         )
-        readings, scales, rejects = _surveyed(context, pooled())
+        readings, scales, rejects = _surveyed(context, judged, pooled())
         built, unfit = _build(context, judged, pooled, scales, {key for key, _, _ in rejects})
     rejects += unfit
     findings = trusted.Findings(
@@ -167,14 +167,19 @@ def margins_of(context: Context) -> Margins | None:
     return Margins(config.relative_margin, config.absolute_margin)
 
 
+def list_size(context: Context, corpus: Stage) -> int:
+    """K of a corpus's lists: of a corpus that is smaller than a list, all of it."""
+    return min(context.config.groups.list_size, int(corpus.manifest()["rows"]))
+
+
 def _surveyed(
-    context: Context, pooled: Iterable[Pooled]
+    context: Context, judged: Judged, pooled: Iterable[Pooled]
 ) -> tuple[list[trust.Reading], dict[str, groups.Scale], list[Reject]]:
     """What all pools say of the teacher, the scale of each kind, and the queries that fit no list.
 
     The scale is of the pools that are consistent, and all their scores: 8 bytes a pair in memory.
     """
-    config = context.config.groups
+    config, size = context.config.groups, list_size(context, judged.corpus)
     readings: list[trust.Reading] = []
     empty: list[Reject] = []
     inconsistent: list[Reject] = []
@@ -190,7 +195,7 @@ def _surveyed(
         problem = groups.inconsistency(
             each.pool,
             each.rankings,
-            list_size=config.list_size,
+            list_size=size,
             source_rank=config.source_rank,
             require_first=config.require_first,
         )
@@ -221,7 +226,7 @@ def _build(
 
     pooled: reads the pools of these training queries, or of all. rejected: those to pass over.
     """
-    config = context.config.groups
+    config, size = context.config.groups, list_size(context, judged.corpus)
     made = partial(groups.build, false_negative_ratio=config.false_negative_ratio)
     lists: dict[str, groups.Group] = {}
     sources: dict[str, str] = {}
@@ -232,7 +237,7 @@ def _build(
         group = made(
             each.pool,
             scales[each.pool.kind],
-            list_size=config.list_size,
+            list_size=size,
             negatives=config.negatives,
             margins=margins_of(context),
         )

@@ -84,11 +84,11 @@ def run(context: Context, dataset: DatasetConfig, source: Source) -> Stage:
     the rejects. Room on disk beside the corpus, until the stage is done: three times its text.
     """
     found = survey(source)
-    smallest = context.config.groups.list_size
+    smallest = context.config.encoded_of_a_list()
     if found.passages < smallest:
         raise UserError(
             f"dataset '{source.name}': {found.passages} passages are fewer than "
-            f"groups.list_size={smallest}; lower it or give a larger corpus"
+            f"groups.list_size or train.list_sample, {smallest}; lower these or give a larger corpus"
         )
     identity = {
         "version": VERSION,

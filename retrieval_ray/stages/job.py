@@ -19,7 +19,7 @@ from retrieval_ray.artifacts import Location, digest
 from retrieval_ray.config import Config, to_dict
 from retrieval_ray.config_file import load
 from retrieval_ray.errors import UserError
-from retrieval_ray.stages import cluster
+from retrieval_ray.stages import cluster, tracking
 from retrieval_ray.stages.context import EXECUTION_KEYS, STAGES, Context
 from retrieval_ray.stages.profile import Profile, resolve
 
@@ -57,12 +57,15 @@ def main(
     pairs = [override.partition("=") for override in arguments.overrides]
     own = {name: value for name, _, value in pairs if name in own_keys}
     overrides = [override for override in arguments.overrides if override.partition("=")[0] not in own_keys]
+    context = None
     try:
         config = load(arguments.config, overrides)
         dry_run = arguments.dry_run or any(value is not None for value in given.values())
         context = (enter or open_run)(config, dry_run=dry_run)
         last_line = work(context, arguments.until, **given, **own)
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(context, Context):  # the doctor has none
+            tracking.failed(context)
         message = explain(error)
         if message is None:
             raise

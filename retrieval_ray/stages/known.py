@@ -24,8 +24,6 @@ _LOOKED_AT = 5_000  # passages whose mean length is taken
 class Known:
     """One corpus before its first stage, or as far as its stages are done."""
 
-    dataset: DatasetConfig
-    name: str
     passages: int
     row_bytes: float  # of a passage
     texts: list[str]  # some, as models read them
@@ -50,8 +48,8 @@ def _finished(context: Context, name: str, number: int) -> dict[str, Any] | None
     return own[number].manifest() if number < len(own) else None
 
 
-def _head(dataset: DatasetConfig) -> tuple[str, int, float, list[str]]:
-    """Name, passages, the mean bytes of the first ones, and the texts of some."""
+def _head(dataset: DatasetConfig) -> tuple[int, float, list[str]]:
+    """Passages, the mean bytes of the first ones, and the texts of some."""
     source = open_source(dataset.path)
     count, size, looked = 0, 0, 0
     texts: list[str] = []
@@ -62,7 +60,7 @@ def _head(dataset: DatasetConfig) -> tuple[str, int, float, list[str]]:
             size += len(f"{passage_id}{title}{text}".encode())
         if len(texts) < TEXTS:
             texts.append(passage_text(title, text, titles=dataset.titles))
-    return source.name, count, size / max(1, looked), texts
+    return count, size / max(1, looked), texts
 
 
 def _judged(dataset: DatasetConfig, split: str, most: int | None) -> Any:
@@ -78,7 +76,7 @@ def _judged(dataset: DatasetConfig, split: str, most: int | None) -> Any:
 
 def _corpus(context: Context, dataset: DatasetConfig, number: int, sample: bool) -> Known:
     config = context.config
-    name, count, row_bytes, texts = _head(dataset)
+    count, row_bytes, texts = _head(dataset)
     source = open_source(dataset.path)
     test = _judged(dataset, dataset.split, dataset.max_queries).texts
     dev = _judged(dataset, dataset.dev_split, None).texts if dataset.dev_split else {}
@@ -104,20 +102,20 @@ def _corpus(context: Context, dataset: DatasetConfig, number: int, sample: bool)
     if made := _finished(context, "groups", number):
         lists = (int(made["train"]), int(made["dev"]))
     return Known(
-        dataset, name, count, row_bytes, texts, asked[:TEXTS], len(test), len(dev), rows, training, at_most,
+        count, row_bytes, texts, asked[:TEXTS], len(test), len(dev), rows, training, at_most,
         lists, generate, cost,
     )  # fmt: skip
 
 
 def judged_corpus(context: Context, dataset: DatasetConfig, number: int) -> Known:
     """Of the job that trains a teacher: judged queries alone. training: judged pairs."""
-    name, count, row_bytes, texts = _head(dataset)
+    count, row_bytes, texts = _head(dataset)
     judged = _judged(dataset, context.config.reranker.split, context.config.reranker.max_queries)
     done = _finished(context, "queries", number)
     rows = int(done["rows"]) if done else len(judged.texts)
     asked = list(judged.texts.values())[:TEXTS]
     return Known(
-        dataset, name, count, row_bytes, texts, asked, 0, 0, rows, judged.qrels.num_rows, not done, None,
+        count, row_bytes, texts, asked, 0, 0, rows, judged.qrels.num_rows, not done, None,
         None, None,
     )  # fmt: skip
 

@@ -68,7 +68,6 @@ def run(context: Context, collection: Collection, note: str = "") -> Stage:
             "token_budget": context.profile.token_budget,
         },
         [names[name] for name in target.missing(names)],
-        light=context.profile.device == "cpu" and context.config.compute.workers == 1,
     )
     context.finish(target, [_SAMPLE, *names], rows=sum(sizes.values()), collection=collection.name, **sizes)
     return target

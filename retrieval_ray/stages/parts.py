@@ -12,7 +12,9 @@ import ray.data
 import torch
 
 from retrieval_ray.artifacts import Stage
+from retrieval_ray.memory import give_back
 from retrieval_ray.progress import progress
+from retrieval_ray.stages import cluster
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.meter import Counted
 
@@ -67,19 +69,21 @@ def run_parts(
     *,
     gpus: bool = True,
     light: bool = False,
+    apart: bool = False,
     counted: Counted | None = None,
 ) -> list[dict[str, Any]]:
     """Run ``worker(**arguments).run(part)`` for each part, on as many actors as there are workers.
 
     gpus: whether a worker takes its share of GPUs, where there are some. light: a part takes a moment and
-    no GPU, so that a few of them are done in this process, sooner than a worker has started. counted: what
+    no GPU, so that a few of them are done in this process, sooner than a worker has started; so are all
+    where this process is ``alone``, unless apart: a worker must have a process of its own. counted: what
     parts count as, for Prometheus. Returns what the parts returned, in no fixed order. Raises what a worker
     raised.
     """
     if not parts:
         return []
-    if light and len(parts) <= _FEW:
-        return _here(context, worker, arguments, parts, counted)
+    if not apart and (alone(context) or (light and len(parts) <= _FEW)):
+        return _here(context, label, worker, arguments, parts, counted)
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
     settings.execution_no_progress_timeout_s = 24 * 3600  # one part of a slow teacher may take hours
@@ -107,8 +111,17 @@ def run_parts(
     return facts
 
 
+def alone(context: Context) -> bool:
+    """Whether this process is the only worker: as on a laptop, where each stage would start another anew.
+
+    That takes some ten seconds, and it would compute with the same cores and the same memory.
+    """
+    return context.config.compute.workers == 1 and context.profile.device == "cpu" and not cluster.given()
+
+
 def _here(
     context: Context,
+    label: str,
     worker: type[PartWorker],
     arguments: Mapping[str, Any],
     parts: Sequence[dict[str, Any]],
@@ -118,7 +131,12 @@ def _here(
     before = torch.get_num_threads()
     torch.set_num_threads(context.profile.threads)
     try:
-        working = worker(**arguments)
-        return [json.loads(_facts(working, part, counted)) for part in parts]
+        working, facts = worker(**arguments), []
+        with progress(label, len(parts)) as advance:
+            for part in parts:
+                facts.append(json.loads(_facts(working, part, counted)))
+                advance(len(facts), "parts")
+        return facts
     finally:
         torch.set_num_threads(before)
+        give_back()

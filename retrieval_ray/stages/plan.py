@@ -5,18 +5,17 @@ then works on beside what happened.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from retrieval_ray.artifacts import Location, digest
-from retrieval_ray.errors import UserError
 from retrieval_ray.forecast import Ledger, Prices, Work, from_rows, left, table
 from retrieval_ray.stages import job
 from retrieval_ray.stages.context import Context, WouldRun
 from retrieval_ray.stages.foresee import Foreseen
 
 Pipeline = Callable[[Context, str | None], Any]
-Foresee = Callable[..., Foreseen]  # (context, until, sample=...)
+Foresee = Callable[[Context, str | None], Foreseen]
 FILE = "forecast.json"
 
 
@@ -28,8 +27,8 @@ def describe(context: Context, pipeline: Pipeline, until: str | None, foresee: F
         return "\n".join([*lines, *context.planned, "everything is done already"])
     except WouldRun:
         after = "run    every stage after it" + (f", until {until}" if until else "")
-    foreseen = foresee(context, until, sample=True)
-    _write(context, until, foreseen.works)
+    foreseen = foresee(context, until)
+    _write(context, foreseen.works)
     works = left(foreseen.works, context.ledger.seen)
     lines += [*context.planned, after, "", *foreseen.lines]
     return "\n".join([*lines, f"forecast (rates: {foreseen.source}):", *shown(context, works)])
@@ -40,29 +39,18 @@ def shown(context: Context, works: list[Work]) -> list[str]:
     return table(works, Prices(**vars(context.config.prices)))
 
 
-def begin(context: Context, until: str | None, foresee: Foresee) -> None:
-    """Before a run: take what a dry run foresaw, and of stages beyond it what arithmetic can foresee.
-
-    What stands in the way of that is the run's to tell of.
-    """
+def begin(context: Context) -> None:
+    """Before a run: take what a dry run of it foresaw. Without one nothing is foreseen."""
     record = Location.of(context.config.output_dir) / FILE
     known = record.read_json() if record.exists() else {}
-    works = from_rows(known["works"]) if known.get("run") == _run(context) else []
-    if not works or known["until"] not in (None, until):
-        try:
-            whole = foresee(context, until, sample=False).works
-        except UserError:
-            return
-        there = {work.stage for work in works}
-        works += [work for work in whole if work.stage not in there]
-        _write(context, until, works)
-    context.ledger = Ledger(works)
+    context.ledger = Ledger(from_rows(known["works"]) if known.get("run") == _run(context) else [])
 
 
-def _write(context: Context, until: str | None, works: list[Work]) -> None:
-    document = {"run": _run(context), "until": until, "works": [asdict(work) for work in works]}
+def _write(context: Context, works: list[Work]) -> None:
+    document = {"run": _run(context), "works": [asdict(work) for work in works]}
     (Location.of(context.config.output_dir) / FILE).write_json(document)
 
 
 def _run(context: Context) -> str:
-    return digest(job.identity_of(context.config))
+    """Which run a forecast is of; one that another version wrote, of other fields, is of none."""
+    return digest([job.identity_of(context.config), [field.name for field in fields(Work)]])

@@ -21,6 +21,7 @@ from retrieval_ray.progress import say
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import student_arguments, with_model
 from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
+from retrieval_ray.stages.parts import alone
 from retrieval_ray.step import Lists, training_step
 from retrieval_ray.student import Role, Student, default_chunk_tokens
 from retrieval_ray.teachers.late import Late, late_interaction
@@ -78,7 +79,9 @@ def found(context: Context, judges: Sequence[Judge]) -> Rates:
             name = f"judge {by_teacher[of['teacher']]}"
         elif kind == "train" and model == context.config.student.model:
             name = "train"
-            per_row /= facts["batch_queries"] * (config["groups"]["list_size"] + 1)
+            size = config["groups"]["list_size"]
+            size = min(size, config["train"].get("list_sample") or size)
+            per_row /= facts["batch_queries"] * (size + 1)
         if name and worked > rows.get(name, 0):
             rows[name], rates.known[name] = worked, Rate(per_row)
             rates.source = "of finished stages in this store"
@@ -138,7 +141,7 @@ def _encoding(
 ) -> None:
     began = time.monotonic()
     student = Student(**student_arguments(context))
-    start = _POOL_STARTS + time.monotonic() - began
+    start = (0.0 if alone(context) else _POOL_STARTS) + time.monotonic() - began
     sides: tuple[tuple[Role, list[str]], ...] = (("passage", passages), ("query", queries))
     for role, texts in sides:
         rows = student.tokenize(texts, role)
@@ -170,7 +173,7 @@ def _training(
     """Seconds of a text in one training step, forward and backward, on as many as the time allows."""
     config = context.config.train
     room = int(min(max(SECONDS / (3 * reading), 8), 128))
-    length = min(context.config.groups.list_size, room)
+    length = min(context.config.encoded_of_a_list(), room)
     lists = max(1, room // (length + 1))
     texts = {f"p{n}": passages[n % len(passages)] for n in range(lists * length)}
     asked = {f"q{n}": queries[n % len(queries)] for n in range(lists)}
@@ -207,7 +210,7 @@ def _judging(context: Context, judge: Judge, rates: Rates, passages: list[str], 
     began = time.monotonic()
     arguments = arguments_of(context, judge)
     teacher: Any = teachers.KINDS[judge.kind](**arguments)
-    start = _POOL_STARTS + time.monotonic() - began
+    start = (0.0 if alone(context) else _POOL_STARTS) + time.monotonic() - began
     if isinstance(teacher, Late):
 
         def read(texts: Sequence[str]) -> None:

@@ -109,12 +109,18 @@ def run(context: Context, corpora: list[Ranked], base: Model) -> Stage:
         target.write("pairs.parquet", pa.concat_tables([_pairs(context, corpus) for corpus in corpora]))
     pairs = int((target.read("pairs.parquet", ["split"]).column("split").to_pylist()).count("train"))
     say(f"  {pairs:,} pairs")
+    before, total = _step(_progress_of(target))
     _train(context, target, base)
     (target.folder / "checkpoints").remove()
+    worked = pairs if not before else round(pairs * (1 - before / total))
     dev = (target.folder / "dev.json").read_json()
     files = [f"model/{name}" for name in _files(Path(target.folder.path) / "model")]
-    context.finish(target, ["pairs.parquet", "dev.json", *files], rows=pairs, dev=dev)
+    context.finish(target, ["pairs.parquet", "dev.json", *files], rows=pairs, worked=worked, dev=dev)
     return target
+
+
+def _progress_of(target: Stage) -> Path:
+    return Path(target.folder.path) / "checkpoints" / "step.json"
 
 
 def _held_out(dataset: DatasetConfig, source: Source, corpus: Stage) -> dict[str, str]:
@@ -189,8 +195,7 @@ def _train(context: Context, target: Stage, base: Model) -> None:
     )
     task = ray.remote(**context.worker_resources(), max_retries=2)(_worker)
     running = task.remote(target, settings, profile.threads)
-    step = Path(target.folder.path) / "checkpoints" / "step.json"
-    total = 0
+    step, total = _progress_of(target), 0
     while not ray.wait([running], timeout=1.0)[0] and not total:
         total = _step(step)[1]
     with progress("training", total) as advance:

@@ -59,40 +59,23 @@ def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None
     target = stage(context.store, f"score-{judge.kind}", identity)
     if not context.start(target, label):
         return target
+    laid_out_by = ranked.queries if judge.kind in ("bm25", "listwise") else ranked.corpus
+    parts = int(laid_out_by.manifest()["buckets"])
+    arguments: dict[str, Any] = {"teacher_id": str(teacher), "ranked": ranked, "target": target}
+    light = small(ranked.corpus)
     if judge.kind == "bm25":
-        arguments = {
-            "teacher_id": str(teacher), "ranked": ranked, "depth": depth, "target": target, "groups": groups
-        }  # fmt: skip
-        parts = int(ranked.queries.manifest()["buckets"])
+        arguments |= {"depth": depth, "groups": groups}
         return score_parts(
-            context,
-            label,
-            Bm25Scorer,
-            arguments,
-            target,
-            teacher,
-            parts,
-            ranked.name,
-            light=small(ranked.corpus),
+            context, label, Bm25Scorer, arguments, target, teacher, parts, ranked.name, light=light
         )
     pairs = pool.run(context, ranked, depth, groups)
-    parts = int(ranked.corpus.manifest()["buckets"])
     if judge.kind == "dense":
-        arguments = {"teacher_id": str(teacher), "ranked": ranked, "pairs": pairs, "target": target}
+        arguments |= {"pairs": pairs}
         return score_parts(
-            context,
-            label,
-            DenseScorer,
-            arguments,
-            target,
-            teacher,
-            parts,
-            ranked.name,
-            light=small(ranked.corpus),
+            context, label, DenseScorer, arguments, target, teacher, parts, ranked.name, light=light
         )
     if judge.kind == "listwise":
         lists = PooledByQuery(ranked, pairs, depth, groups)
-        parts = int(ranked.queries.manifest()["buckets"])
         return score_with_model(context, label, judge, teacher, lists, target, parts, ranked.name)
     tokens = query_tokens.run(context, judge, ranked) if judge.kind == "late" else None
     source = Pooled(pairs, ranked.corpus)
@@ -178,7 +161,8 @@ def score_with_model(
         return score_parts(context, label, ListScorer, arguments, target, teacher, parts, collection)
     engine = judge.config.engine if judge.config.engine != "transformers" else judge.kind
     arguments |= {"engine": engine, "arguments": own, "tokens": tokens}
-    return score_parts(context, label, Scorer, arguments, target, teacher, parts, collection)
+    apart = engine == "vllm"  # which starts processes, and may end the one it is in
+    return score_parts(context, label, Scorer, arguments, target, teacher, parts, collection, apart=apart)
 
 
 def score_parts(
@@ -192,8 +176,9 @@ def score_parts(
     collection: str,
     *,
     light: bool = False,
+    apart: bool = False,
 ) -> Stage:
-    """Run the missing parts of a score stage and write its manifest; light: as in ``run_parts``.
+    """Run the missing parts of a score stage and write its manifest; light, apart: as in ``run_parts``.
 
     Raises ``UserError`` where parts are still open, and where no pair at all could be judged: then no part
     stays, and a later run tries again.
@@ -202,7 +187,7 @@ def score_parts(
     missing = set(target.missing(names))
     todo = [{"number": n} for n, name in enumerate(names) if name in missing]
     counted = Counted(target.name, collection, rows="judged")
-    facts = run_parts(context, label, worker, arguments, todo, light=light, counted=counted)
+    facts = run_parts(context, label, worker, arguments, todo, light=light, apart=apart, counted=counted)
     if waiting := [f for f in facts if f.get("open")]:
         raise UserError(
             f"teacher {teacher}: {sum(f['open'] for f in waiting):,} queries have no reply, the last "

@@ -31,6 +31,7 @@ from retrieval_ray.sweeps import Choices, Point, Range, Space, Trial
 
 _ROW = ("epoch", "step", "dev_ndcg@10", "teacher_ndcg@10", "dev_kl", "gain")  # of what a trial reports
 
+_WORST = -1.0  # nDCG can fall no further
 _FAILURES = 2  # of a trial, that machines taken away and full memories may cause
 
 
@@ -145,12 +146,10 @@ def _tuned(
         ),
     ).fit()
     storage.remove()
+    lost = [(r.config, explain(r.error) or _last_line(r.error)) for r in found if r.error is not None]
     failed = []
-    for result in found:
-        if result.error is None:
-            continue
-        message = explain(result.error) or str(result.error).strip().rpartition("\n")[2]
-        point, seed = _asked(config, result.config)
+    for given, why in [*watch.refused, *lost]:
+        point, seed = _asked(config, given)
         plan = None
         try:
             plan = Plan.of(config, space, point, seed)
@@ -158,10 +157,14 @@ def _tuned(
             pass
         name = plan.name if plan else digest([point, seed])[:12]
         if not (folder / f"{name}.json").exists():
-            failed.append(Trial(name, point, seed, "failed", error=message))
+            failed.append(Trial(name, point, seed, "failed", error=why))
             if plan:
                 tracking.finish(_own(context, plan), {}, "failed")
     return failed
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().rpartition("\n")[2]
 
 
 def _light() -> dict[str, float]:
@@ -212,12 +215,24 @@ def _plan_of(config: Config, space: Space, given: Mapping[str, Any]) -> Plan:
 
 
 def _trial(given: dict[str, Any], *, context: Context, space: Space, folder: Location, owners: Any) -> None:
-    """One training, from whatever the store lacks of its stages; runs in a process of Tune's."""
-    plan = _plan_of(context.config, space, given)
+    """One training, in a process of Tune's. What the user must mend is no failure to be tried again."""
     claims = Claims(owners, tune.get_context().get_trial_id())
+    try:
+        _train(given, context, space, folder, claims)
+    except Exception as error:
+        why = explain(error)
+        if why is None:
+            raise
+        ray.get(owners.refuse.remote(claims.owner, why))
+        tune.report({"gain": _WORST, "epoch": 0})
+
+
+def _train(given: dict[str, Any], context: Context, space: Space, folder: Location, claims: Claims) -> None:
+    """One training, from whatever the store lacks of its stages."""
+    plan = _plan_of(context.config, space, given)
     own = replace(_own(context, plan), claims=claims, quiet=True)
     started = time.monotonic()
-    with heard_by(lambda line: owners.tell.remote(f"  {plan.label()}: {line}")):
+    with heard_by(lambda line: claims.owners.tell.remote(f"  {plan.label()}: {line}")):
         trial, reported = result_of(own, plan)
     for row in [] if reported else trial.history:
         tune.report({**row, "gain": gain(trial.history, int(row["epoch"]))})  # its training was there already
@@ -248,6 +263,7 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self.context, self.config, self.space = context, context.config, space
         self.folder, self.owners, self.count = folder, owners, count
         self.rows: dict[str, list[dict[str, float]]] = defaultdict(list)
+        self.refused: list[tuple[dict[str, Any], str]] = []  # what Tune gave a trial, and why it cannot be
         self.ended = 0
         self.asked_at = 0.0
 
@@ -268,6 +284,10 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         say(f"  {label}: epoch {result['epoch']:.0f}, gain {result['gain']:+.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if why := ray.get(self.owners.refusal.remote(trial.trial_id)):
+            self.refused.append((trial.config, why))
+            self.on_trial_error(iteration, trials, trial)
+            return
         plan = _plan_of(self.config, self.space, trial.config)
         record = self.folder / f"{plan.name}.json"
         if not record.exists():

@@ -111,6 +111,12 @@ def finish(context: Context, values: Mapping[str, float], status: str = "finishe
     del context.telling[_identity(context)]
 
 
+def failed(context: Context) -> None:
+    """Tell whoever was told of this run that it came to no good end."""
+    for telling in context.telling.values():
+        telling.finish({}, "failed")
+
+
 def _telling(context: Context) -> Telling:
     identity = _identity(context)
     if identity not in context.telling:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from retrieval_ray.artifacts import Location, Stage, digest, stage
 from retrieval_ray.batching import epoch_batches
+from retrieval_ray.checkpoints import step_of
 from retrieval_ray.config import to_dict
 from retrieval_ray.errors import UserError
 from retrieval_ray.fit import Settings
@@ -37,7 +38,7 @@ from retrieval_ray.stages.trainer import (
 from retrieval_ray.step import Lists
 from retrieval_ray.student import default_chunk_tokens
 
-VERSION = 10
+VERSION = 11
 _NOT_IN_IDENTITY = ("checkpoint_minutes", "activation_gib", "rounds", "seed")
 
 
@@ -70,6 +71,7 @@ def run(context: Context, corpora: list[Grouped], judges: list[Judge]) -> Stage:
     sizes = [len(part.query_ids) for part in lists]
     per_epoch = len(epoch_batches(sizes, settings.batch_queries, seed=settings.seed, epoch=1))
     total, between = per_epoch * settings.max_epochs, refresh.steps_between(config.train, per_epoch)
+    begun_at = step_of(target.folder)
     with step_bar(total) as bar, tracking.following(context):
         train = partial(advance, context, settings=settings, folder=target.folder, bar=bar)
         if between is None:
@@ -86,6 +88,7 @@ def run(context: Context, corpora: list[Grouped], judges: list[Judge]) -> Stage:
         target,
         [*model_files, "fit.json"],
         rows=len(facts["steps"]),
+        worked=sum(row["step"] > begun_at for row in facts["steps"]),
         epoch=chosen(facts["history"]),
         candidate_epoch=facts["best_epoch"],
         temperatures={
@@ -209,6 +212,7 @@ def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> S
         dropout=train.dropout,
         checkpoint_seconds=60 * train.checkpoint_minutes,
         seed=context.config.training_seed(),
+        list_sample=train.list_sample,
         balance_weight=train.moe.balance_weight,
         jitter=train.moe.jitter,
         runs=context.config.sweep.trials_at_once,

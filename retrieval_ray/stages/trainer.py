@@ -20,7 +20,7 @@ from retrieval_ray.checkpoints import load_weights, newest
 from retrieval_ray.config import MoeConfig
 from retrieval_ray.errors import TrainingStopped
 from retrieval_ray.experts import prepare
-from retrieval_ray.fit import Settings, fit
+from retrieval_ray.fit import Settings, best_weights, fit
 from retrieval_ray.lora import add_lora
 from retrieval_ray.model_files import Model, weights_sha
 from retrieval_ray.moe import Layout
@@ -76,7 +76,7 @@ def snapshot(folder: Location, step: int) -> Model:
 def remove_traces(folder: Location) -> None:
     """Delete what only an unfinished training needs."""
     for name in folder.names():
-        if name.startswith(("checkpoint-", "best.", "ray", "snapshot-")):
+        if name.startswith(("checkpoint-", "best-", "ray", "snapshot-")):
             (folder / name).remove()
 
 
@@ -206,8 +206,10 @@ def _train(config: dict[str, Any]) -> None:
         return
     if config["shard"]:
         student, merge = _student(config)
-        weights = folder / "best.safetensors" if done.done else newest(folder)
-        if weights is not None and weights.exists():
+        weights = newest(folder)
+        if done.done:
+            weights = None if done.best_epoch is None else best_weights(folder, done.best_epoch)
+        if weights is not None:
             load_weights(student, weights)
     merge()
     if not done.done:

@@ -18,6 +18,9 @@ from retrieval_ray.stages.known import Known, requests_of
 from retrieval_ray.stages.rates import Rates, found, sampled
 from retrieval_ray.teachers.listwise import windows
 
+_MINING = ("encode", "retrieve", "score")
+_sizes: dict[str, amounts.Student] = {}  # by the hash of a model's files, which may have to be fetched
+
 
 def rates_of(context: Context, judges: Sequence[Judge], corpora: Sequence[Known], *, sample: bool) -> Rates:
     if not sample:
@@ -33,6 +36,12 @@ def workers_of(context: Context) -> Workers:
 
 def sizes_of(model: Model) -> amounts.Student:
     """Sizes of a model, out of its folder's files."""
+    if model.sha not in _sizes:
+        _sizes[model.sha] = _read_sizes(model)
+    return _sizes[model.sha]
+
+
+def _read_sizes(model: Model) -> amounts.Student:
     folder = Path(resolve_model(model.source, "student.model"))
     configs = [Location.of(str(path)).read_json() for path in sorted(folder.rglob("config.json"))]
     texts = [each.get("text_config", each) for each in configs]
@@ -131,27 +140,53 @@ def _judgements(
     return works
 
 
+def up_to(
+    context: Context, to: int, corpora: Sequence[Known], judges: Sequence[Judge], rates: Rates
+) -> list[Work]:
+    """The works of the main job's stages, in their order, up to one of them; nothing else is asked for."""
+    works = before_training(context, corpora, judges, rates, STAGES[: to + 1])
+    if to >= STAGES.index("train"):
+        works += training(context, corpora, judges, rates)
+    return works + (_after(context, corpora, rates) if to >= STAGES.index("evaluate") else [])
+
+
 def before_training(
-    context: Context, corpora: Sequence[Known], judges: Sequence[Judge], rates: Rates, note: str = ""
-) -> dict[str, list[Work]]:
-    """Everything up to the training lists, by stage."""
-    config = context.config
-    made: dict[str, list[Work]] = {name: [] for name in STAGES}
-    for known in corpora:
-        pool = min(config.teacher.depth, known.passages)
-        made["corpus"].append(amounts.corpus(known.passages, known.row_bytes))
-        made["generate"] += [known.generate] if known.generate else []
-        made["queries"].append(amounts.queries(known.rows, at_most=known.at_most))
-        made["encode"] += encoding(context, known, rates, note)
-        for name, student in config.retrieve.models.items():
-            made["encode"] += encoding(context, known, rates, f" with {name}{note}", student)
-        made["retrieve"].append(retrieval(context, known, rates, config.retrieve.retrievers, note))
-        made["score"] += _judgements(context, known, judges, rates, note)
-        groups = amounts.groups(known.training, pool, config.groups.list_size, at_most=True)
-        made["groups"].append(replace(groups, label=f"groups{note}"))
-        if config.queries.negatives:
-            made["groups"] += _answered(context, known)
-    return made
+    context: Context, corpora: Sequence[Known], judges: Sequence[Judge], rates: Rates,
+    stages: Sequence[str], note: str = "",
+) -> list[Work]:  # fmt: skip
+    """Of the stages before the training lists and of these, those named, in their order."""
+
+    def of(stage: str, known: Known) -> list[Work]:
+        if stage == "corpus":
+            return [amounts.corpus(known.passages, known.row_bytes)]
+        if stage == "generate":
+            return [known.generate] if known.generate else []
+        if stage == "queries":
+            return [amounts.queries(known.rows, at_most=known.at_most)]
+        if stage == "encode":
+            return _encodings(context, known, rates, note)
+        if stage == "retrieve":
+            return [retrieval(context, known, rates, context.config.retrieve.retrievers, note)]
+        if stage == "score":
+            return _judgements(context, known, judges, rates, note)
+        return _lists(context, known, note) if stage == "groups" else []
+
+    return [work for stage in stages for known in corpora for work in of(stage, known)]
+
+
+def _encodings(context: Context, known: Known, rates: Rates, note: str) -> list[Work]:
+    """By the student and by every further retriever."""
+    works = encoding(context, known, rates, note)
+    for name, student in context.config.retrieve.models.items():
+        works += encoding(context, known, rates, f" with {name}{note}", student)
+    return works
+
+
+def _lists(context: Context, known: Known, note: str) -> list[Work]:
+    pool = min(context.config.teacher.depth, known.passages)
+    groups = amounts.groups(known.training, pool, context.config.groups.list_size, at_most=True)
+    works = [replace(groups, label=f"groups{note}")]
+    return works + (_answered(context, known) if context.config.queries.negatives else [])
 
 
 def _answered(context: Context, known: Known) -> list[Work]:
@@ -163,27 +198,26 @@ def _answered(context: Context, known: Known) -> list[Work]:
     return works
 
 
-def training(
-    context: Context, corpora: Sequence[Known], judges: Sequence[Judge], rates: Rates
-) -> dict[str, list[Work]]:
-    """Training in its rounds, and what follows it, by stage."""
-    config, train = context.config, context.config.train
+def training(context: Context, corpora: Sequence[Known], judges: Sequence[Judge], rates: Rates) -> list[Work]:
+    """Training in its rounds."""
+    train = context.config.train
     works: list[Work] = []
     for number in range(train.rounds):
         note = f", round {number + 1}" if number else ""
         if number:  # the student of the last round retrieves, and judges; other teachers have judged much
-            again = before_training(context, corpora, judges, rates, note)
-            works += [
-                replace(work, at_most=True)
-                for name in ("encode", "retrieve", "score", "groups")
-                for work in again[name]
-            ]
+            again = before_training(context, corpora, judges, rates, (*_MINING, "groups"), note)
+            works += [replace(work, at_most=True) for work in again]
         one = one_training(context, corpora, rates, note)
         works.append(one)
-        if (between := _between(context, corpora, one)) is not None:
+        if (between := _between(context, one)) is not None:
             often = amounts.refreshes(one.rows, between)
             works += _refreshed(context, corpora, judges, rates, often)
-    after: list[Work] = []
+    return works
+
+
+def _after(context: Context, corpora: Sequence[Known], rates: Rates) -> list[Work]:
+    """What the adapted student is measured with."""
+    config, after = context.config, list[Work]()
     for known in corpora:
         note, systems = ", adapted", 2 + len(config.evaluate.systems)
         after += [*encoding(context, known, rates, note), retrieval(context, known, rates, ["dense"], note)]
@@ -191,7 +225,7 @@ def training(
         passages, queries = min(layers.PASSAGES, known.passages), min(layers.QUERIES, known.test)
         rate, student = rates.of("encode-passage"), sizes_of(context.student)
         after.append(amounts.drift(queries, passages, student, rate, workers_of(context)))
-    return {"train": works, "evaluate": after}
+    return after
 
 
 def one_training(context: Context, corpora: Sequence[Known], rates: Rates, note: str) -> Work:
@@ -210,12 +244,13 @@ def one_training(context: Context, corpora: Sequence[Known], rates: Rates, note:
         texts = dev * (1 + length) + known.dev * (1 + pool)
         dev_texts += min(texts, known.passages + known.rows)
     return amounts.train(
-        lists, train.batch_queries, train.max_epochs, config.groups.list_size, dev_texts,
-        sizes_of(context.student), rates.of("train"), rates.of("dev"), workers_of(context), note=note,
+        lists, train.batch_queries, train.max_epochs, config.encoded_of_a_list(), dev_texts,
+        sizes_of(context.student), rates.of("train"), rates.of("dev"), workers_of(context), share=train.share,
+        note=note,
     )  # fmt: skip
 
 
-def _between(context: Context, corpora: Sequence[Known], one: Work) -> int | None:
+def _between(context: Context, one: Work) -> int | None:
     per_epoch = max(1, int(one.rows) // context.config.train.max_epochs)
     return refresh.steps_between(context.config.train, per_epoch)
 
@@ -224,8 +259,7 @@ def _refreshed(
     context: Context, corpora: Sequence[Known], judges: Sequence[Judge], rates: Rates, often: int
 ) -> list[Work]:
     """Encoding, search and judging once more for every refresh, beside training; one line of the table."""
-    again = before_training(context, corpora, judges, rates)
-    parts = [work for name in ("encode", "retrieve", "score") for work in again[name]]
+    parts = before_training(context, corpora, judges, rates, _MINING)
     return [
         replace(
             work, stage="refresh", label="refresh", unit="times", rows=0 if number else often, at_most=True,

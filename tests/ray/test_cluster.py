@@ -1,6 +1,7 @@
 """What a cluster offers, told apart from what it has at this moment. Starts no Ray."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def nodes_are(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None:
+    total: Counter[str] = Counter()
+    for each in resources:
+        total.update(each)  # type: ignore[arg-type]
+    monkeypatch.setattr(ray, "cluster_resources", lambda: dict(total))
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": each} for each in resources])
+
+
 def test_machines_that_the_launcher_may_still_start_count(head: Path) -> None:
     shutil.copy(ROOT / "cluster.yaml", head / "ray_bootstrap_config.yaml")
     assert Pool(cpus=8, gpus=1, count=16) in cluster.node_types()
@@ -40,11 +49,20 @@ def test_machines_that_the_launcher_may_still_start_count(head: Path) -> None:
 
 
 def test_a_cluster_of_fixed_size_is_what_it_is(head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    nodes_are(monkeypatch, {"CPU": 4.0})
     assert cluster.offered(ComputeConfig()) == {"CPU": 4.0, "GPU": 0.0}
     assert cluster.gpus_per_worker(ComputeConfig()) == 0.0
     with pytest.raises(UserError, match=r"compute.workers=4 needs 6 CPU .* has at most 4"):
         cluster.join(ComputeConfig(workers=4))
+
+
+def test_a_worker_is_whole_on_one_node(head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes_are(monkeypatch, {"CPU": 5.0}, {"CPU": 5.0}, {"CPU": 5.0}, {"driver_node": 1.0})
+    cluster.join(ComputeConfig(workers=3, cpus_per_worker=3))
+    with pytest.raises(UserError, match=r"compute.workers=1: of workers of 6 CPU .* nodes hold 0"):
+        cluster.join(ComputeConfig(workers=1, cpus_per_worker=6))
+    with pytest.raises(UserError, match=r"compute.workers=4: .* nodes hold 3"):
+        cluster.join(ComputeConfig(workers=4, cpus_per_worker=3))
 
 
 def test_one_that_grows_nobody_knows_how_far_is_asked_for_anything(head: Path) -> None:

@@ -79,19 +79,27 @@ def test_what_was_foreseen_is_what_happened(
     assert "done" not in lines["train"] and "done" not in lines["encode passages, adapted"]
 
 
-def test_a_job_without_a_dry_run_foresees_by_itself_and_its_next_start_knows(
+def test_a_job_without_a_dry_run_foresees_nothing(
     collection: Path, student_folder: str, tmp_path: Path, ray_local: None
 ) -> None:
     output = tmp_path / "out"
     settings = small_settings(collection, Path(student_folder), output)
-    adapt(settings, dry_run=False, until="queries")
-    first = json.loads((output / "forecast.json").read_text())["works"]
-    assert {work["stage"] for work in first} == {"corpus", "queries"}
-    adapt(settings, dry_run=False, until="encode")
-    works = json.loads((output / "forecast.json").read_text())["works"]
-    assert works[: len(first)] == first and works[-1]["stage"] == "encode-query"
-    found = manifests(output)
-    for stage, rows in (("corpus", 640), ("encode-passage", 640)):
-        (facts,) = found[stage]
-        assert facts["forecast"]["rows"] == {"foreseen": 640, "happened": rows, "ratio": 1.0}
+    adapt([*settings, "dataset.max_queries=7"], dry_run=True, until="corpus")
+    adapt(settings, dry_run=False, until="corpus")  # another config than was foreseen
+    (facts,) = manifests(output)["corpus"]
+    assert "forecast" not in facts
     assert "prices" not in json.loads((output / "run.json").read_text())["config"]
+
+
+def test_writing_queries_needs_no_student_and_no_teacher(
+    collection: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which may be large, and far away."""
+    settings = [
+        *small_settings(collection, tmp_path / "no student", tmp_path / "out"),
+        "teacher.kind=cross_encoder", "teacher.model=/no/teacher", "queries.sources=[llm]",
+        "llm.model=writer", "llm.engine=endpoint", "llm.url=http://localhost:1/v1",
+    ]  # fmt: skip
+    job_module("generate").write(job.open_run(load(CONFIG, settings), dry_run=True), None, None)
+    out = capsys.readouterr().out
+    assert "forecast (rates: " in out and "generate" in out and "encode" not in out

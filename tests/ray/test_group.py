@@ -82,7 +82,10 @@ def judged(store: Location, *, dev: bool) -> Judged:
     corpus = [{"passage_id": p, "title": "", "text": f"about {p}"} for p in PASSAGES]
     return Judged(
         "made", "test", 1,
-        written(store, "corpus", {"corpus-0000000.arrow": schema.from_rows("corpus", corpus)}, buckets=1),
+        written(
+            store, "corpus", {"corpus-0000000.arrow": schema.from_rows("corpus", corpus)},
+            buckets=1, rows=len(corpus),
+        ),  # fmt: skip
         None, queries, queries, queries, {}, {}, ("dense", "bm25"),
         written(store, "retrieve", runs, buckets=4), teachers,
     )  # fmt: skip
@@ -191,3 +194,13 @@ def test_lists_rejects_and_readings_are_those_of_whole_tables(
     raw = made.scores["late"].read_all("scores-").column("score").to_pylist()
     assert facts["score_quantiles"]["late"] == np.quantile(raw, np.linspace(0, 1, 41)).tolist()
     assert sorted(grouped.folder.names()) == sorted([*grouped.parts(), "manifest.json"])
+
+
+@pytest.mark.parametrize(("passages", "size"), [(12, 12), (50, 50), (500, 50)])
+def test_a_corpus_that_is_smaller_than_a_list_gives_all_of_it(
+    tmp_path: Path, passages: int, size: int
+) -> None:
+    config = Config()
+    config.groups.list_size = 50
+    context = Context(config, Location.of(str(tmp_path)), Profile("float32", "cpu", 1, 1024, 1))
+    assert group.list_size(context, written(context.store, "corpus", {}, rows=passages)) == size

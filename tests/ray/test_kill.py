@@ -34,7 +34,7 @@ MOMENTS = [
     "line groups of",
     "line training on",
     "file train-*/checkpoint-0000000[3-6]*",
-    "file train-*/best.*",
+    "file train-*/best-*",
     "line with the adapted model",
     "line evaluation on",
 ]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from retrieval_ray.artifacts import Location
+
 from .conftest import run_job, small_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -75,3 +77,14 @@ def test_everything_lies_in_the_bucket(
 
     again = run_job("adapt", ["configs/cpu.yaml", *settings])
     assert again.returncode == 0 and again.stderr.count("done already") >= 12
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(bucket: str) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"half " * 2**20
+        raise OSError("a peer is gone")
+
+    there = Location.of(f"{bucket}/checkpoint")
+    with pytest.raises(OSError, match="a peer is gone"):
+        there.write_pieces(pieces())
+    assert not there.exists()

@@ -32,28 +32,43 @@ def context(tmp_path: Path) -> Context:
     return Context(Config(), Location.of(str(tmp_path)), Profile("float32", "cpu", 1, 1024, 1))
 
 
-def test_a_few_light_parts_are_done_in_this_process(context: Context) -> None:
+@pytest.mark.parametrize(("workers", "light"), [(1, False), (2, True)])
+def test_a_laptop_s_parts_and_a_few_light_ones_are_done_in_this_process(
+    context: Context, workers: int, light: bool
+) -> None:
     """With a worker's threads, and this process's afterwards. Starts no Ray."""
+    context.config.compute.workers = workers
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = parts.run_parts(context, "", Squares, {"more": 1}, [{"n": 2}, {"n": 3}], light=True)
+        found = parts.run_parts(context, "", Squares, {"more": 1}, [{"n": 2}, {"n": 3}], light=light)
         assert [each["value"] for each in found] == [5, 10]
         assert {each["process"] for each in found} == {os.getpid()}
         assert {each["threads"] for each in found} == {1} and torch.get_num_threads() == 2
         with pytest.raises(ValueError, match="-1 has no place"):
-            parts.run_parts(context, "", Squares, {"more": 1}, [{"n": -1}], light=True)
+            parts.run_parts(context, "", Squares, {"more": 1}, [{"n": -1}], light=light)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("light", "count"), [(False, 2), (True, parts._FEW + 1)])
+@pytest.mark.parametrize(
+    ("workers", "address", "how", "count"),
+    [
+        (2, "", {"light": False}, 2),
+        (2, "", {"light": True}, parts._FEW + 1),
+        (1, "", {"apart": True}, 2),
+        (1, "somewhere:6379", {}, 2),  # this process may be on a head that runs no work
+    ],
+)
 def test_many_parts_and_heavy_ones_are_done_by_workers(
-    context: Context, ray_local: None, light: bool, count: int
-) -> None:
+    context: Context, ray_local: None, monkeypatch: pytest.MonkeyPatch,
+    workers: int, address: str, how: dict[str, bool], count: int,
+) -> None:  # fmt: skip
+    context.config.compute.workers = workers
+    monkeypatch.setenv("RAY_ADDRESS", address)
     wanted = [{"n": n} for n in range(count)]
-    found = parts.run_parts(context, "", Squares, {"more": 1}, wanted, light=light)
+    found = parts.run_parts(context, "", Squares, {"more": 1}, wanted, **how)
     assert sorted(each["value"] for each in found) == [n**2 + 1 for n in range(count)]
     assert os.getpid() not in {each["process"] for each in found}

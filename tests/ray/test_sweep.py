@@ -46,9 +46,9 @@ def arguments(
     return [str(file), *own, *([f"store={store}"] if store else []), *more]
 
 
-def sweep(given: list[str]) -> str | None:
+def sweep(given: list[str], *, dry_run: bool = False) -> str | None:
     """The job in this process."""
-    context = job.open_run(load(given[0], given[1:]), dry_run=False)
+    context = job.open_run(load(given[0], given[1:]), dry_run=dry_run)
     where: str | None = job_module("sweep").sweep_all(context, None)
     return where
 
@@ -138,6 +138,21 @@ def test_a_finished_sweep_runs_no_trial_again(swept: Path, settings: list[str], 
     assert before == {path: path.stat().st_mtime_ns for path in (swept / "store").glob("*/manifest.json")}
 
 
+def test_a_dry_run_goes_on_to_the_first_trial_that_is_not_done(
+    swept: Path, collection: Path, student_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dry_run(space: str, name: str) -> str:
+        sweep(
+            arguments(collection, student_folder, tmp_path / name, space, store=swept / "store"), dry_run=True
+        )
+        return capsys.readouterr().out
+
+    assert "everything is done already" in dry_run(LOSS, "done")
+    out = dry_run(LOSS.replace("}}", "}, both: {}}"), "open")
+    assert "everything is done already" not in out and out.count("run    training on") == 1
+    assert out.count("reuse  training on") == 2 and out.count("reuse  retrieval on") == 1
+
+
 def test_a_trial_of_other_data_is_run_anew(swept: Path, settings: list[str]) -> None:
     """What it would train on by now is not what it was trained on."""
     config = load(settings[0], settings[1:])
@@ -155,10 +170,26 @@ def test_a_trial_of_other_data_is_run_anew(swept: Path, settings: list[str]) -> 
     assert len(known_trials(context, space, folder)) == 3
 
 
-def test_a_failed_trial_stops_no_other(
+def test_each_collection_is_swept_alone_and_one_that_fails_stops_no_other(
     swept: Path, collection: Path, student_folder: str, tmp_path: Path
 ) -> None:
-    """Of a kind that no query is of no list is left."""
+    """The one that is there was trained on before, with this very setting: nothing is made again."""
+    collections = f"{{gone: {{dataset.path: {tmp_path / 'nowhere'}}}, trade: {{dataset.split: test}}}}"
+    space = "loss: {kl: {train.terms.infonce: 0}}"
+    more = [f"sweep.collections={collections}"]
+    before = sorted(path.name for path in (swept / "store").iterdir())
+    with pytest.raises(UserError, match="1 of 2 collections failed: gone"):
+        sweep(arguments(collection, student_folder, tmp_path, space, *more, store=swept / "store"))
+    (row,) = rows_of(tmp_path / "trade")
+    (known,) = (row for row in rows_of(swept) if row["loss"] == "kl")
+    assert [row[key] for key in KEYS] == [known[key] for key in KEYS]
+    assert sorted(path.name for path in (swept / "store").iterdir()) == before
+
+
+def test_a_failed_trial_stops_no_other(
+    swept: Path, collection: Path, student_folder: str, tmp_path: Path, capfd: Any
+) -> None:
+    """Of a kind that no query is of no list is left, however often it is tried."""
     space = "kinds: {logged: {}, none: {groups.kinds: [claim]}}"
     more = ["sweep.test=winner"]
     sweep(arguments(collection, student_folder, tmp_path, space, *more, store=swept / "store"))
@@ -167,6 +198,7 @@ def test_a_failed_trial_stops_no_other(
         "logged", "done", "none", "failed",
     )  # fmt: skip
     assert "no training list is left" in failed["error"]
+    assert "is tried again" not in capfd.readouterr().err
     assert "no training list is left" in (tmp_path / "sweep.html").read_text()
 
 

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,9 +189,26 @@ def test_a_missing_package_is_said_before_any_work(key: str, monkeypatch: pytest
 def test_a_password_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The config stands in manifests."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(UserError, match="tracking.mlflow: no password here") as caught:
+    with pytest.raises(UserError, match="tracking.mlflow: no password or token here") as caught:
         with_values(Config(), {"tracking.mlflow": "http://me:hunter2@host:5000"})
     assert "hunter2" not in str(caught.value)
+
+
+def test_whoever_was_told_of_a_job_is_told_that_it_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[object, str]] = []
+    telling = SimpleNamespace(finish=lambda values, status: seen.append((values, status)))
+
+    def work(context: Context, until: str | None) -> None:
+        context.telling["a run"] = telling
+        raise UserError("no such thing")
+
+    profile = Profile("float32", "cpu", 1, 1024, 1)
+    monkeypatch.setattr(sys, "argv", ["job", str(ROOT / "configs" / "cpu.yaml"), f"output_dir={tmp_path}"])
+    with pytest.raises(SystemExit):
+        job.main(work, "A job.", enter=lambda config, dry_run: Context(config, Location.of("."), profile))
+    assert seen == [({}, "failed")] and "error: no such thing" in capsys.readouterr().err
 
 
 @pytest.mark.ray
