@@ -32,7 +32,7 @@ endif
 
 # Two files at a time, the long ones first: much of what Ray's tests do is waiting for a process to start.
 test: check
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 60
 
 check: setup
 	$(BIN)/ruff check .
@@ -40,4 +40,4 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
-	for script in $$(grep -l '^if __name__' benchmarks/*.py | grep -v replication); do $(BIN)/python $$script --quick || exit 1; done
+	for script in $$(grep -l '^if __name__' benchmarks/*.py | grep -v -e replication -e teachers); do $(BIN)/python $$script --quick || exit 1; done

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 def epoch_batches(
@@ -72,9 +73,15 @@ def excluded_mask(unique: Unique, excluded: Sequence[Sequence[str]]) -> npt.NDAr
     return mask_BN
 
 
-def judged_places(
-    unique: Unique, judged: Sequence[Mapping[str, float]]
-) -> tuple[Indices, npt.NDArray[np.float64]]:
+def rectangular(rows: Sequence[Sequence[float] | npt.NDArray[np.floating]], fill: float) -> Floats:
+    """The rows as one array, filled up to the longest."""
+    found = np.full((len(rows), max(map(len, rows), default=0)), fill)
+    for whole, row in zip(found, rows, strict=True):
+        whole[: len(row)] = row
+    return found
+
+
+def judged_places(unique: Unique, judged: Sequence[Mapping[str, float]]) -> tuple[Indices, Floats]:
     """(place_BW, teacher_BW): for each query the passages of the batch that were judged for it, and scores.
 
     judged: passages and scores by query; W: the most that any query has in the batch. Rows are filled up with
@@ -82,13 +89,8 @@ def judged_places(
     """
     position = unique.position
     rows = [[(position[p], score) for p, score in row.items() if p in position] for row in judged]
-    widest = max(map(len, rows))
-    place_BW = np.zeros((len(rows), widest), dtype=np.int64)
-    teacher_BW = np.full((len(rows), widest), -np.inf)
-    for b, row in enumerate(rows):
-        place_BW[b, : len(row)] = [place for place, _ in row]
-        teacher_BW[b, : len(row)] = [score for _, score in row]
-    return place_BW, teacher_BW
+    place_BW = rectangular([[place for place, _ in row] for row in rows], 0).astype(np.int64)
+    return place_BW, rectangular([[score for _, score in row] for row in rows], -np.inf)
 
 
 def drawn(count: int, size: int, rng: np.random.Generator) -> Indices:

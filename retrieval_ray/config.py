@@ -151,7 +151,7 @@ class TeacherConfig(MemberConfig):
 @dataclass
 class GroupsConfig:
     kinds: list[str] | None = None  # of queries to train on, as log, title, question; null: all
-    list_size: int = 20  # K: the positive and its negatives
+    list_size: int = 20  # K: the positive and its negatives; with train.list_sample, at most so many
     negatives: str = "top"  # of retrieval; spread | stratified: even steps of the teacher's order | score
     relative_margin: float | None = None  # a negative scores at most positive x (1 - this); NV-Retriever: .05
     absolute_margin: float | None = None  # a negative scores at most positive - this; NV-Retriever: .05

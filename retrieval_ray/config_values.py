@@ -146,8 +146,9 @@ def check(config: Config) -> None:
     need(config.groups.kinds != [], "groups.kinds: name at least one kind, or null")
     need(config.groups.list_size >= 2, "groups.list_size: a list needs a positive and a negative")
     need(
-        config.teacher.depth >= config.groups.list_size,
-        "teacher.depth: must be at least groups.list_size, or no list can be filled",
+        config.teacher.depth >= config.encoded_of_a_list(),
+        "teacher.depth: must be at least groups.list_size, or train.list_sample where that is lower, or no "
+        "list can be filled",
     )
     need(
         config.retrieve.depth >= max(100, config.teacher.depth),

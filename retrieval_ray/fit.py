@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,35 +16,21 @@ import torch.distributed as dist
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.balance import Balance
-from retrieval_ray.batching import drawn, epoch_batches
+from retrieval_ray.batching import epoch_batches
 from retrieval_ray.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_weights
 from retrieval_ray.errors import TrainingStopped
 from retrieval_ray.memory import activation_bytes
-from retrieval_ray.metrics import Qrels
 from retrieval_ray.moe import moe_layers
 from retrieval_ray.objective import Objective
 from retrieval_ray.schedule import learning_rate_scale
 from retrieval_ray.selection import Dev, candidate, chosen, evaluate
-from retrieval_ray.step import Clock, Lists, NotFinite, training_step, world
-from retrieval_ray.student import Role, Student
+from retrieval_ray.step import Clock, NotFinite, training_step, world
+from retrieval_ray.student import Student
 from retrieval_ray.throughput import matmul_limit
-from retrieval_ray.tokens import TokenRows
+from retrieval_ray.training_data import CorpusData, shortened, some_of_each, taken, tokenised
 
 _SKIPS_IN_A_ROW, _SKIPS = 3, 10  # steps that were not finite, at which training stops
 OnStep = Callable[[int, int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class CorpusData:
-    """What training needs of one corpus: lists, texts, and judged dev queries where there are some."""
-
-    name: str
-    train: Lists
-    dev: Lists
-    passages: Mapping[str, str]
-    queries: Mapping[str, str]
-    dev_qrels: Qrels
-    dev_pools: Mapping[str, Sequence[str]]  # passages that a judged dev query's order is made of
 
 
 @dataclass(frozen=True)
@@ -120,8 +106,8 @@ def fit(
     """
     torch.manual_seed(settings.seed)
     student.prepare_training()
-    token_rows = [_tokenised(student, corpus) for corpus in corpora]
-    short_rows = [_shortened(student, corpus, settings.passage_tokens) for corpus in corpora]
+    token_rows = [tokenised(student, corpus) for corpus in corpora]
+    short_rows = [shortened(student, corpus, settings.passage_tokens) for corpus in corpora]
     dev = [Dev(c.dev, c.dev_qrels, c.dev_pools, rows) for c, rows in zip(corpora, token_rows, strict=True)]
     sizes = [len(corpus.train.query_ids) for corpus in corpora]
     per_epoch = len(epoch_batches(sizes, settings.batch_queries, seed=settings.seed, epoch=1))
@@ -187,9 +173,11 @@ def fit(
         )
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * scale
-        lists = _take(corpora[which].train, indices)
+        lists = taken(corpora[which].train, indices)
         if settings.list_sample is not None:
-            lists = _drawn(lists, settings.list_sample, np.random.default_rng([settings.seed, progress.step]))
+            lists = some_of_each(
+                lists, settings.list_sample, np.random.default_rng([settings.seed, progress.step])
+            )
         clock = Clock(student.device)
         seed = (settings.seed, progress.step)
         balance = (
@@ -327,56 +315,3 @@ def _steps(progress: Progress) -> Iterator[Mapping[str, float]]:
 def _lines(rows: Iterable[Mapping[str, float]]) -> bytes:
     """A line of JSON a row."""
     return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
-
-
-def _take(lists: Lists, indices: Any) -> Lists:
-    return Lists(
-        [lists.query_ids[i] for i in indices],
-        [lists.passage_ids[i] for i in indices],
-        np.asarray(lists.teacher_BK)[indices],
-        [lists.excluded_ids[i] for i in indices],
-        None if lists.negative_query_ids is None else [lists.negative_query_ids[i] for i in indices],
-    )
-
-
-def _drawn(lists: Lists, size: int, rng: np.random.Generator) -> Lists:
-    """Some passages of each list, beside all of its judgements."""
-    places = [drawn(len(row), size, rng) for row in lists.passage_ids]
-    own = lists.negative_query_ids
-    if own is not None:
-        own = [[row[i - 1] for i in at[1:]] for row, at in zip(own, places, strict=True)]
-    return replace(
-        lists,
-        passage_ids=[[row[i] for i in at] for row, at in zip(lists.passage_ids, places, strict=True)],
-        teacher_BK=np.take_along_axis(lists.teacher_BK, np.stack(places), axis=1),
-        negative_query_ids=own,
-        judged=[
-            dict(zip(row, scores_K, strict=True))
-            for row, scores_K in zip(lists.passage_ids, lists.teacher_BK.tolist(), strict=True)
-        ],
-    )
-
-
-def _tokenised(student: Student, corpus: CorpusData) -> dict[Role, TokenRows]:
-    """Tokens of every query, and of the passages that dev measures read."""
-    passages = [p for row in corpus.dev.passage_ids for p in row]
-    passages += [p for query in corpus.dev_qrels for p in corpus.dev_pools.get(query, ())]
-    own = corpus.train.negative_query_ids or ()
-    negatives = [query for row in own for query in row if query is not None]
-    queries = [*corpus.train.query_ids, *negatives, *corpus.dev.query_ids, *corpus.dev_qrels]
-    return {
-        "passage": _rows(student, corpus.passages, passages, "passage"),
-        "query": _rows(student, corpus.queries, queries, "query"),
-    }
-
-
-def _shortened(student: Student, corpus: CorpusData, limit: int | None) -> TokenRows:
-    """Tokens of the passages that training reads."""
-    passages = [p for row in corpus.train.passage_ids for p in row]
-    return _rows(student, corpus.passages, passages, "passage", limit)
-
-
-def _rows(
-    student: Student, texts: Mapping[str, str], ids: Iterable[str], role: Role, limit: int | None = None
-) -> TokenRows:
-    return TokenRows(ids, lambda some: student.tokenize([texts[i] for i in some], role, limit=limit))

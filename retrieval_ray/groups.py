@@ -126,7 +126,7 @@ def inconsistency(
     pool: Pool,
     rankings: Mapping[str, Sequence[str]],
     *,
-    list_size: int,
+    fewest: int,
     source_rank: int,
     require_first: bool,
 ) -> tuple[str, str] | None:
@@ -134,7 +134,7 @@ def inconsistency(
 
     The consistency rule: the source passage is in each retriever's own top ``source_rank`` and the
     teacher puts it first [retriever_filtering_step.py:3,35-61; filter_by_reranker.py:34]. A log
-    query has no source, so only the length of its pool counts.
+    query has no source, so only the length of its pool counts, of which a list needs ``fewest``.
     """
     if pool.source_id is not None:
         for retriever, ranking in rankings.items():
@@ -147,8 +147,8 @@ def inconsistency(
             return "not_judged", f"{pool.source_id} is not in the fused pool"
         if require_first and pool.passage_ids[best(pool)] != pool.source_id:
             return "not_first", f"the teacher prefers {pool.passage_ids[best(pool)]}"
-    if len(pool.passage_ids) < list_size:
-        return "short_list", f"{len(pool.passage_ids)} passages, a list needs {list_size}"
+    if len(pool.passage_ids) < fewest:
+        return "short_list", f"{len(pool.passage_ids)} passages, a list needs {fewest}"
     return None
 
 
@@ -166,13 +166,15 @@ def build(
     pool: Pool,
     scale: Scale,
     *,
+    fewest: int,
     list_size: int,
     false_negative_ratio: float,
     negatives: str,
     margins: Margins | None = None,
 ) -> Group | tuple[str, str]:
-    """The list of K of one query, or (reason, detail) where none can be made.
+    """The list of one query, or (reason, detail) where none can be made.
 
+    It has K = ``list_size`` passages, or all that are left for it, if they are ``fewest`` or more.
     ``negatives`` names the rule (``negatives.NEGATIVES``) by which K - 1 passages of the pool join the
     positive; they are then ordered by falling teacher score.
 
@@ -194,14 +196,15 @@ def build(
         measured_N = normal_N if pool.similarities_N is None else pool.similarities_N
         close = set(too_close(measured_N, positive, margins, floor=pool.floor))
     ranked = [i for i in others if i not in close]
-    if close and len(ranked) < list_size - 1:
+    if close and len(ranked) < fewest - 1:
         return (
             "few_negatives",
             f"{len(close)} of {len(others)} passages are too close to the positive, a list needs "
-            f"{list_size - 1} others",
+            f"{fewest - 1} others",
         )
+    count = min(list_size - 1, len(ranked))
     by_score = sorted(ranked, key=lambda i: (-pool.scores_N[i], pool.passage_ids[i]))
-    chosen = [positive, *NEGATIVES[negatives](ranked, by_score, pool.scores_N, list_size - 1)]
+    chosen = [positive, *NEGATIVES[negatives](ranked, by_score, pool.scores_N, count)]
     limit = false_negative_ratio * normal_N[positive]
     return Group(
         query_id=pool.query_id,

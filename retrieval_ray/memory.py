@@ -2,12 +2,14 @@
 
 import ctypes
 import os
+import time
 from pathlib import Path
 
 import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _SHARE = {"cuda": 0.8, "cpu": 0.25}  # of what is free; other programs live on a machine too
+_given_back = -1.0  # when
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
@@ -56,6 +58,14 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+def give_back_seldom() -> None:
+    """``give_back``, but once a second at most: between two short parts it would be asked for again."""
+    global _given_back
+    if time.monotonic() - _given_back > 1:
+        give_back()
+        _given_back = time.monotonic()
 
 
 def _left_in_cgroups(root: Path) -> list[int]:

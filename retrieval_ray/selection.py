@@ -111,8 +111,12 @@ def evaluate(
 
 
 def scores_of_lists(student: Student, lists: Lists, rows: Rows, chunk_tokens: int) -> Tensor:
-    """student_BK: cosines of each query with its own list, float64, no graph."""
-    unique = unique_passages(lists.passage_ids)
+    """student_BK: cosines of each query with its own list, float64, no graph.
+
+    A list shorter than K is filled up with its first passage.
+    """
+    longest = max(map(len, lists.passage_ids))
+    unique = unique_passages([[*row, *[row[0]] * (longest - len(row))] for row in lists.passage_ids])
     queries_BD, passages_ND = _embed(student, list(lists.query_ids), unique.passage_ids, rows, chunk_tokens)
     index_BK = torch.from_numpy(unique.index_BK)
     return torch.einsum("bd,bkd->bk", queries_BD, passages_ND[index_BK])
@@ -157,11 +161,14 @@ def _ndcg_against(student_BK: Any, teacher_BK: Any) -> list[float]:
     """nDCG@10 of the student's order of each list, with exp(z / 0.5) of the teacher's scores as gains.
 
     z: the teacher's scores standardised per list, so that its few favourites carry the measure. Of six
-    kinds of gains this one followed judged nDCG best on two collections (LOG.md).
+    kinds of gains this one followed judged nDCG best on two collections (LOG.md). Where a list is shorter
+    than K, the teacher's scores are minus infinity, of no gain.
     """
-    deviation_B1 = np.maximum(teacher_BK.std(axis=1, keepdims=True), 1e-9)
+    there_BK = teacher_BK > -np.inf
+    deviation_B1 = np.maximum(teacher_BK.std(axis=1, keepdims=True, where=there_BK), 1e-9)
     gains_BK = np.exp((teacher_BK - teacher_BK.max(axis=1, keepdims=True)) / deviation_B1 / 0.5)
-    by_student_BK = np.take_along_axis(gains_BK, np.argsort(-student_BK, axis=1, kind="stable"), 1)
+    order_BK = np.argsort(np.where(there_BK, -student_BK, np.inf), axis=1, kind="stable")
+    by_student_BK = np.take_along_axis(gains_BK, order_BK, 1)
     ideal_BK = -np.sort(-gains_BK, axis=1)
     discount = 1 / np.log2(np.arange(2, 12))[: student_BK.shape[1]]
     width = len(discount)

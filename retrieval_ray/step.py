@@ -32,7 +32,11 @@ Piece = tuple[int, Role, list[int]]  # a chunk: its number, the role of its text
 
 @dataclass(frozen=True)
 class Lists:
-    """B queries with their lists of K passages, as ids; the first of a list is its positive."""
+    """B queries with their lists of K passages, as ids; the first of a list is its positive.
+
+    Lists that are held out, or that a step draws from, may be shorter: their scores are filled up with
+    minus infinity.
+    """
 
     query_ids: Sequence[str]
     passage_ids: Sequence[Sequence[str]]

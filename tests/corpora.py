@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 
-from retrieval_ray.fit import CorpusData, Settings
+from retrieval_ray.fit import Settings
 from retrieval_ray.objective import Objective
 from retrieval_ray.step import Lists
+from retrieval_ray.training_data import CorpusData
 
 SETTINGS = Settings(
     objective=Objective({"kl": 1.0, "infonce": 0.1}, 0.1, 0.3, 0.05),

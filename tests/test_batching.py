@@ -14,6 +14,7 @@ from retrieval_ray.batching import (
     epoch_batches,
     excluded_mask,
     judged_places,
+    rectangular,
     unique_passages,
 )
 
@@ -113,6 +114,11 @@ def test_of_what_was_judged_the_batch_s_own_passages_are_found(lists, data):
         there = {p: s for p, s in row.items() if p in unique.passage_ids}
         assert {unique.passage_ids[n]: s for n, s in zip(at, found, strict=True) if s > -math.inf} == there
         assert np.isinf(found).sum() == len(found) - len(there)
+
+
+def test_rows_of_several_lengths_are_filled_up():
+    assert rectangular([[1.0], [2.0, 3.0]], -1.0).tolist() == [[1.0, -1.0], [2.0, 3.0]]
+    assert rectangular([], 0.0).shape == (0, 0)
 
 
 @given(st.integers(1, 60), st.integers(2, 20), st.integers(0, 5))

@@ -5,15 +5,18 @@ import math
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from retrieval_ray.artifacts import Location
+from retrieval_ray.batching import rectangular
 from retrieval_ray.errors import UserError
 from retrieval_ray.experts import add_experts
 from retrieval_ray.fit import fit
 from retrieval_ray.moe import Layout
 from retrieval_ray.student import Student
+from retrieval_ray.training_data import some_of_each
 from tests.corpora import SETTINGS, Killed, assert_near, kill_at, tiny_corpus
 
 
@@ -42,6 +45,24 @@ def test_a_run_killed_and_resumed_drops_and_draws_the_same_and_ends_with_the_sam
     assert {row["passages"] for row in whole.steps} == {4 * (sample or 4), 2 * (sample or 4)}
     assert (resumed.steps, resumed.history) == (whole.steps, whole.history)
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_passages_are_drawn_from_lists_of_several_lengths(student_folder, corpus, tmp_path):
+    lists = corpus.train
+    lengths = [4 - n % 3 for n in range(len(lists.query_ids))]  # 2 to 4
+    cut = [list(row[:length]) for row, length in zip(lists.passage_ids, lengths, strict=True)]
+    scores = [row[:length] for row, length in zip(lists.teacher_BK, lengths, strict=True)]
+    ragged = replace(lists, passage_ids=cut, teacher_BK=rectangular(scores, -np.inf))
+    drawn = some_of_each(ragged, 2, np.random.default_rng(0))
+    assert [len(row) for row in drawn.passage_ids] == [2] * len(cut) and np.isfinite(drawn.teacher_BK).all()
+    expected = [dict(zip(row, own.tolist(), strict=True)) for row, own in zip(cut, scores, strict=True)]
+    assert drawn.judged == expected
+    for row, some, own in zip(drawn.passage_ids, drawn.teacher_BK, expected, strict=True):
+        assert [own[p] for p in row] == some.tolist() and row[0] == next(iter(own))
+    progress, _ = _fit(
+        student_folder, replace(corpus, train=ragged), tmp_path, replace(SETTINGS, list_sample=2)
+    )
+    assert len(progress.steps) == 6 and not progress.skipped
 
 
 def test_what_graphs_may_take_changes_no_bit_of_the_weights(student_folder, corpus, tmp_path):

@@ -42,8 +42,9 @@ def _scale(scores, low=0.0, high=100.0, floor=None):
 
 def _built(pool, scale, list_size=4, ratio=0.6, negatives="top", margins=None):
     group = build(
-        pool, scale, list_size=list_size, false_negative_ratio=ratio, negatives=negatives, margins=margins
-    )
+        pool, scale, fewest=1, list_size=list_size, false_negative_ratio=ratio, negatives=negatives,
+        margins=margins,
+    )  # fmt: skip
     assert isinstance(group, Group)
     return group
 
@@ -88,6 +89,7 @@ def test_all_choices_of_negatives_agree_when_the_list_is_the_pool(pool):
 @given(pools(min_size=2), st.sampled_from(sorted(NEGATIVES)), st.data())
 def test_a_list_with_margins_holds_nothing_too_close_or_says_why_there_is_none(pool, negatives, data):
     list_size = data.draw(st.integers(2, len(pool.passage_ids)))
+    fewest = data.draw(st.integers(2, list_size))
     share = data.draw(st.sampled_from([0.0, 0.05, 0.4]))
     scale = _scale(pool.scores_N)
     normal = dict(zip(pool.passage_ids, scale.apply(pool.scores_N), strict=True))
@@ -99,15 +101,17 @@ def test_a_list_with_margins_holds_nothing_too_close_or_says_why_there_is_none(p
     made = build(
         pool,
         scale,
+        fewest=fewest,
         list_size=list_size,
         false_negative_ratio=1.0,
         negatives=negatives,
         margins=Margins(relative=share),
     )
-    if len(pool.passage_ids) - 1 - len(close) < list_size - 1 and close:
+    left = len(pool.passage_ids) - len(close)
+    if left < fewest:
         assert isinstance(made, tuple) and made[0] == "few_negatives"
         return
-    assert isinstance(made, Group) and len(made.passage_ids) == list_size
+    assert isinstance(made, Group) and len(set(made.passage_ids)) == min(list_size, left)
     assert not close & set(made.passage_ids) and close <= set(made.excluded_ids)
     assert made.too_close == len(close)
 
@@ -122,7 +126,7 @@ def test_a_deeper_rank_stands_in_for_a_passage_that_the_retriever_finds_too_clos
     without = _built(pool, _scale(pool.scores_N), list_size=3, ratio=1.0)
     assert without.passage_ids == ["pos", "close", "near"] and without.deeper == 0
     short = build(
-        pool, _scale(pool.scores_N), list_size=5, false_negative_ratio=1.0, negatives="top",
+        pool, _scale(pool.scores_N), fewest=5, list_size=5, false_negative_ratio=1.0, negatives="top",
         margins=Margins(relative=0.05),
     )  # fmt: skip
     assert isinstance(short, tuple) and short[0] == "few_negatives" and "1 of 4" in short[1]
@@ -187,10 +191,11 @@ def test_a_log_query_takes_the_teachers_first(pool):
 def test_a_positive_below_the_floor_is_dropped_and_one_at_the_floor_kept():
     scale = _scale([0.0, 1.0, 2.0, 3.0, 4.0], floor=25.0)
     low = Pool("q", "title", "a", ["a", "b"], np.array([0.99, 0.0]))
-    dropped = build(low, scale, list_size=2, false_negative_ratio=0.6, negatives="top")
+    dropped = build(low, scale, fewest=2, list_size=2, false_negative_ratio=0.6, negatives="top")
     assert isinstance(dropped, tuple) and dropped[0] == "low_positive"
     at = Pool("q", "title", "a", ["a", "b"], np.array([1.0, 0.0]))
-    assert isinstance(build(at, scale, list_size=2, false_negative_ratio=0.6, negatives="top"), Group)
+    kept = build(at, scale, fewest=2, list_size=2, false_negative_ratio=0.6, negatives="top")
+    assert isinstance(kept, Group)
 
 
 @pytest.mark.parametrize(
@@ -212,14 +217,14 @@ def test_a_positive_below_the_floor_is_dropped_and_one_at_the_floor_kept():
 )
 def test_reasons_for_dropping_a_query(source, dense, judged, scores, first, reason):
     pool = Pool("q", "title", source, list(judged), np.array(scores, dtype=float))
-    verdict = inconsistency(pool, {"dense": list(dense)}, list_size=3, source_rank=2, require_first=first)
+    verdict = inconsistency(pool, {"dense": list(dense)}, fewest=3, source_rank=2, require_first=first)
     assert (verdict[0] if verdict else None) == reason
 
 
 def test_every_retriever_must_have_found_the_source():
     pool = Pool("q", "title", "a", ["a", "b"], np.array([2.0, 1.0]))
     rankings = {"dense": ["a", "b"], "bm25": ["b", "a"]}
-    arguments = {"list_size": 2, "require_first": True}
+    arguments = {"fewest": 2, "require_first": True}
     assert inconsistency(pool, rankings, source_rank=2, **arguments) is None
     reason, detail = inconsistency(pool, rankings, source_rank=1, **arguments)
     assert reason == "not_retrieved" and "bm25" in detail

@@ -20,6 +20,7 @@ MIDDLE = {
     "teachers",
     "step",
     "fit",
+    "training_data",
     "plots",
     "plots_drift",
     "layers",

@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 
+from retrieval_ray import memory
 from retrieval_ray.memory import activation_bytes, free_bytes, give_back
 
 CPU = torch.device("cpu")
@@ -97,6 +98,16 @@ def test_what_was_freed_below_what_is_kept_goes_back_to_the_machine():
     del pieces[:-1]
     give_back()
     assert full - process.memory_info().rss > 100 * 2**20
+
+
+def test_between_short_parts_memory_is_not_given_back(monkeypatch):
+    now, times = [10.0], []
+    monkeypatch.setattr(memory, "_given_back", -1.0)
+    monkeypatch.setattr(memory, "give_back", lambda: times.append(now[0]))
+    monkeypatch.setattr(memory.time, "monotonic", lambda: now[0])
+    for now[0] in (10.0, 10.5, 11.0, 11.2, 12.1, 12.3, 15.0):
+        memory.give_back_seldom()
+    assert times == [10.0, 11.2, 12.3, 15.0]
 
 
 _ALLOCATE = """

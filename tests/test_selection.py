@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from retrieval_ray.batching import rectangular
 from retrieval_ray.selection import Dev, candidate, chosen, evaluate, gain
+from retrieval_ray.step import Lists
 from retrieval_ray.student import Student
 from retrieval_ray.tokens import TokenRows
 from tests import oracles
@@ -118,6 +120,23 @@ def test_the_teachers_order_is_followed_by_exponential_gains(student, words):
     measures, by_query = _evaluate(student, dev)
     assert measures["teacher_ndcg@10"] == pytest.approx(np.mean(expected), rel=1e-6)
     assert by_query == pytest.approx(expected, rel=1e-6)  # nothing judged: this is what chooses
+
+
+def test_a_list_that_is_shorter_than_others_counts_as_if_it_were_alone(student, words):
+    corpus = tiny_corpus(words)
+    dev, lengths = _dev(student, corpus), (4, 2, 3, 4)
+    lists = dev.lists
+    rows = [row[:length] for row, length in zip(lists.passage_ids, lengths, strict=True)]
+    scores = [row[:length] for row, length in zip(lists.teacher_BK, lengths, strict=True)]
+    ragged = replace(lists, passage_ids=rows, teacher_BK=rectangular(scores, -np.inf))
+    measures, by_query = _evaluate(student, replace(dev, lists=ragged))
+    one_by_one = [
+        _evaluate(student, replace(dev, lists=Lists([q], [row], own[None], [[]])))
+        for q, row, own in zip(lists.query_ids, rows, scores, strict=True)
+    ]
+    assert by_query == pytest.approx([values[0] for _, values in one_by_one], rel=1e-6)
+    for name, value in measures.items():
+        assert value == pytest.approx(np.mean([each[name] for each, _ in one_by_one]), rel=1e-5)
 
 
 def test_judged_queries_are_ranked_over_their_pools(student, words):

@@ -5,6 +5,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -229,7 +230,7 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = {
     "lambda": 5, "threshold": 9, "experts": 12, "query_kinds": 13, "loss": 7, "negatives": 9, "scale": 3,
     "teachers": 3, "query_source": 3, "ablation": 9, "replication": 7,
-    "recipe": 9,
+    "recipe": 9, "teacher_mixes": 4,
 }  # fmt: skip
 
 
@@ -262,6 +263,15 @@ def test_the_replications_collections_are_configs_with_other_dev_and_test_querie
         assert own.sweep.seeds == (3 if name in ("scifact", "covidqa", "cosqa") else 1)
 
 
+def benchmark(name: str) -> ModuleType:
+    """A script of ``benchmarks/`` as a module."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
 def test_the_replications_summary_is_computed_from_what_each_collection_found() -> None:
     def collection(base: float, teacher: float, default: float, kl: float) -> dict[str, Any]:
         def figures(ndcg: float) -> dict[str, Any]:
@@ -274,14 +284,27 @@ def test_the_replications_summary_is_computed_from_what_each_collection_found() 
         ]  # fmt: skip
         return {"base": {"ndcg@10": base}, "queries": 10, "settings": rows}
 
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        module = importlib.import_module("replication")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    module = benchmark("replication")
     found = module.summary({"a": collection(0.4, 0.6, 0.5, 0.55), "b": collection(0.5, 0.4, 0.5, 0.45)})
     assert found["mean_gain"] == pytest.approx(0.05) and found["share_of_lead"] == pytest.approx(0.5)
     assert found["share_of_lead_by_collection"] == {"a": pytest.approx(0.5)}
     assert found["collections"]["a"]["default"]["ndcg@10"] == 0.5  # what is returned
     assert found["collections"]["a"]["kl"]["ndcg@10"] == pytest.approx(0.54)  # the trained model itself
     assert module.table(found).count("\n| ") == 3
+
+
+def test_the_table_of_teachers_has_each_as_judge_and_the_student_that_it_trained() -> None:
+    def figures(ndcg: float) -> dict[str, Any]:
+        return {"ndcg@10": ndcg, "delta": ndcg - 0.4, "ci95": [-0.1, 0.1], "p": 0.5}
+
+    rows = [
+        {"point": {"teacher": name}, "teacher": figures(judge), "candidate": figures(student)}
+        for name, judge, student in (("embedded", 0.6, 0.45), ("one domain", 0.7, 0.5))
+    ]
+    module = benchmark("teachers")
+    found = module.summary({"base": {"ndcg@10": 0.4}, "queries": 10, "settings": rows})
+    assert found["teachers"]["one domain"]["as judge"]["ndcg@10"] == 0.7
+    assert found["teachers"]["one domain"]["its student"]["delta"] == pytest.approx(0.1)
+    lines = module.table({"covidqa": found}).splitlines()
+    assert lines[-2].startswith("| covidqa | 10 | 0.4000 | embedded | 0.6000 (+0.2000, ")
+    assert lines[-1].startswith("| covidqa | 10 | 0.4000 | one domain | 0.7000 (+0.3000, ")

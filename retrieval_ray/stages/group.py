@@ -28,7 +28,7 @@ from retrieval_ray.stages.queries import qrels_of, query_texts
 from retrieval_ray.stages.retrieve import rankings_of
 from retrieval_ray.stages.scores import ByQuery, all_scores
 
-VERSION = 3
+VERSION = 4
 _SHOWN = 5  # samples of each reason
 
 
@@ -48,6 +48,7 @@ def _group(context: Context, judged: Judged) -> Stage:
         "weights": config.teacher.weights,
         "depth": config.teacher.depth,
         "groups": to_dict(config.groups),
+        "fewest": config.encoded_of_a_list(),
         "dev": [config.train.dev_share, config.train.dev_queries],
         "retrievers": list(judged.retrievers),
         "seed": config.seed,
@@ -167,9 +168,13 @@ def margins_of(context: Context) -> Margins | None:
     return Margins(config.relative_margin, config.absolute_margin)
 
 
-def list_size(context: Context, corpus: Stage) -> int:
-    """K of a corpus's lists: of a corpus that is smaller than a list, all of it."""
-    return min(context.config.groups.list_size, int(corpus.manifest()["rows"]))
+def lengths(context: Context, corpus: Stage) -> dict[str, int]:
+    """K of a corpus's lists, and the fewest passages of one: no more than a training step encodes of it.
+
+    Of a corpus that is smaller than a list, all of it.
+    """
+    most = min(context.config.groups.list_size, int(corpus.manifest()["rows"]))
+    return {"fewest": min(most, context.config.encoded_of_a_list()), "list_size": most}
 
 
 def _surveyed(
@@ -179,7 +184,7 @@ def _surveyed(
 
     The scale is of the pools that are consistent, and all their scores: 8 bytes a pair in memory.
     """
-    config, size = context.config.groups, list_size(context, judged.corpus)
+    config, sizes = context.config.groups, lengths(context, judged.corpus)
     readings: list[trust.Reading] = []
     empty: list[Reject] = []
     inconsistent: list[Reject] = []
@@ -195,7 +200,7 @@ def _surveyed(
         problem = groups.inconsistency(
             each.pool,
             each.rankings,
-            list_size=size,
+            fewest=sizes["fewest"],
             source_rank=config.source_rank,
             require_first=config.require_first,
         )
@@ -226,7 +231,7 @@ def _build(
 
     pooled: reads the pools of these training queries, or of all. rejected: those to pass over.
     """
-    config, size = context.config.groups, list_size(context, judged.corpus)
+    config, sizes = context.config.groups, lengths(context, judged.corpus)
     made = partial(groups.build, false_negative_ratio=config.false_negative_ratio)
     lists: dict[str, groups.Group] = {}
     sources: dict[str, str] = {}
@@ -237,7 +242,7 @@ def _build(
         group = made(
             each.pool,
             scales[each.pool.kind],
-            list_size=size,
+            **sizes,
             negatives=config.negatives,
             margins=margins_of(context),
         )
@@ -250,9 +255,8 @@ def _build(
     if not qrels_of(judged.queries, "dev"):  # then dev lists must carry the choice of the epoch alone
         for each in pooled(dev):
             assert each.pool is not None
-            whole = made(
-                each.pool, scales[each.pool.kind], list_size=len(each.pool.passage_ids), negatives="top"
-            )
+            size = len(each.pool.passage_ids)
+            whole = made(each.pool, scales[each.pool.kind], fewest=size, list_size=size, negatives="top")
             assert isinstance(whole, groups.Group)
             lists[each.query_id] = whole
     built = sorted(lists.values(), key=lambda group: (group.kind, group.query_id))

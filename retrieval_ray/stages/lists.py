@@ -8,14 +8,16 @@ import torch
 
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Stage, digest
-from retrieval_ray.fit import CorpusData
+from retrieval_ray.batching import rectangular
 from retrieval_ray.losses import calibrate_temperature
+from retrieval_ray.negatives import Scores
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.encode import Vectors
 from retrieval_ray.stages.ingest import texts_of
 from retrieval_ray.stages.queries import qrels_of, queries_table
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 from retrieval_ray.step import Lists
+from retrieval_ray.training_data import CorpusData
 
 
 def lists_of(groups: Stage, split: str, negatives: Stage | None = None, share: float = 1.0) -> Lists:
@@ -30,20 +32,17 @@ def lists_of(groups: Stage, split: str, negatives: Stage | None = None, share: f
         first = sorted(range(len(ids)), key=lambda n: digest(ids[n]))[: max(1, round(share * len(ids)))]
         table = table.take(sorted(first))
     passages = table.column("passage_ids").to_pylist()
-    shortest = min(map(len, passages), default=0)  # dev lists may be whole pools of unequal length
     own = None
     if negatives is not None:
         queries = written(negatives)
         of = dict(
             zip(*(queries.column(name).to_pylist() for name in ("passage_id", "query_id")), strict=True)
         )
-        own = [[of.get(passage) for passage in row[1:shortest]] for row in passages]
+        own = [[of.get(passage) for passage in row[1:]] for row in passages]
     return Lists(
         query_ids=table.column("query_id").to_pylist(),
-        passage_ids=[row[:shortest] for row in passages],
-        teacher_BK=np.array(
-            [row[:shortest] for row in table.column("teacher_scores").to_pylist()], dtype=np.float64
-        ),
+        passage_ids=passages,
+        teacher_BK=rectangular(table.column("teacher_scores").to_pylist(), -np.inf),
         excluded_ids=table.column("excluded_ids").to_pylist(),
         negative_query_ids=own,
     )
@@ -89,7 +88,8 @@ def calibrated(corpora: list[Grouped], lists: list[Lists], teacher_temperature: 
 
     Its cosines are at hand: the encode stages hold every vector.
     """
-    student, teacher = [], []
+    student: list[Scores] = []
+    teacher: list[Scores] = []
     for corpus, part in zip(corpora, lists, strict=True):
         if not len(part.query_ids):
             continue
@@ -99,9 +99,9 @@ def calibrated(corpora: list[Grouped], lists: list[Lists], teacher_temperature: 
         at = {key: n for n, key in enumerate(ids)}
         for query_D, row in zip(queries_QD, part.passage_ids, strict=True):
             student.append(passages_ND[[at[p] for p in row]].astype(np.float64) @ query_D.astype(np.float64))
-        teacher.append(part.teacher_BK)
+        teacher += [row[np.isfinite(row)] for row in part.teacher_BK]
     return calibrate_temperature(
-        torch.from_numpy(np.stack(student)),
-        torch.from_numpy(np.concatenate(teacher)),
+        torch.from_numpy(rectangular(student, 0.0)),
+        torch.from_numpy(rectangular(teacher, -np.inf)),
         teacher_temperature=teacher_temperature,
     )

@@ -21,7 +21,7 @@ from retrieval_ray.progress import say
 from retrieval_ray.stages import encode, negatives, retrieve, score
 from retrieval_ray.stages.collection import Grouped, Judged, Ranked, extend
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.group import list_size, margins_of, measured_by_similarity, row_of
+from retrieval_ray.stages.group import lengths, margins_of, measured_by_similarity, row_of
 from retrieval_ray.stages.judged_pools import pools_by_part
 from retrieval_ray.stages.judges import Judge
 from retrieval_ray.stages.queries import queries_table
@@ -133,7 +133,7 @@ def _renewed_lists(
     """
     config, depth = context.config.groups, context.config.teacher.depth
     margins, by_similarity = margins_of(context), measured_by_similarity(context)
-    size = list_size(context, first.corpus)
+    sizes = lengths(context, first.corpus)
     manifest = first.groups.manifest()
     weights: dict[str, float] = manifest["gate"]["weights"]
     scales = {kind: groups.Scale(**values) for kind, values in manifest["scales"].items()}
@@ -149,7 +149,7 @@ def _renewed_lists(
                     yield key, ("nothing_retrieved", "")
                     continue
                 held = with_passage(pools[key], row["positive_id"], before[key])
-                if len(held.passage_ids) < size:
+                if len(held.passage_ids) < sizes["fewest"]:
                     yield key, ("short_list", f"{len(held.passage_ids)} passages")
                     continue
                 scores_N = groups.combine(held.teachers, weights, before[key].teachers)
@@ -161,7 +161,7 @@ def _renewed_lists(
                     groups.build(
                         pool,
                         scales[row["kind"]],
-                        list_size=size,
+                        **sizes,
                         false_negative_ratio=config.false_negative_ratio,
                         negatives=config.negatives,
                         margins=margins,

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from retrieval_ray import gate, groups, schema, trust
@@ -96,6 +97,7 @@ def expected(
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """Rows of the groups, (query_id, reason) of the rejects and readings, all tables held at once."""
     config, dev = context.config.groups, "qrels-dev.parquet" in made.queries.parts()
+    fewest = context.config.train.list_sample or config.list_size
     rankings: dict[tuple[str, str], dict[str, float]] = {}
     for row in made.retrieved.read_all("run-").to_pylist():
         rankings.setdefault((row["retriever"], row["query_id"]), {})[row["passage_id"]] = row["score"]
@@ -124,7 +126,7 @@ def expected(
         own = {r: list(rankings[r, q]) for r in made.retrievers}
         readings.append(trust.read(pool, own))
         problem = groups.inconsistency(
-            pool, own, list_size=config.list_size, source_rank=config.source_rank,
+            pool, own, fewest=fewest, source_rank=config.source_rank,
             require_first=config.require_first,
         )  # fmt: skip
         if problem:
@@ -141,12 +143,13 @@ def expected(
         for pool in kinds[kind]:
             ratio = config.false_negative_ratio
             one = groups.build(
-                pool, scale, list_size=config.list_size, false_negative_ratio=ratio,
+                pool, scale, fewest=fewest, list_size=config.list_size, false_negative_ratio=ratio,
                 negatives=config.negatives, margins=margins,
             )  # fmt: skip
             every = groups.build(
-                pool, scale, list_size=len(pool.passage_ids), false_negative_ratio=ratio, negatives="top"
-            )
+                pool, scale, fewest=1, list_size=len(pool.passage_ids), false_negative_ratio=ratio,
+                negatives="top",
+            )  # fmt: skip
             if isinstance(one, tuple):
                 rejects.append((pool.query_id, one[0]))
             else:
@@ -164,17 +167,17 @@ def expected(
     return lists, rejects, readings
 
 
-@pytest.mark.parametrize("margin", [None, 0.95])
+@pytest.mark.parametrize(("margin", "sample"), [(None, None), (0.95, None), (0.95, 2)])
 @pytest.mark.parametrize("dev", [True, False])
 def test_lists_rejects_and_readings_are_those_of_whole_tables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dev: bool, margin: float | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dev: bool, margin: float | None, sample: int | None
 ) -> None:
     monkeypatch.setattr(scores, "PAIRS", 700)  # several files for each teacher
     config = Config(output_dir=str(tmp_path))
     config.groups.list_size, config.groups.source_rank, config.teacher.depth = 4, 8, DEPTH
     config.groups.min_positive_percentile = 90.0
     config.groups.margin_scores, config.groups.relative_margin = "dense", margin
-    config.train.dev_share = 0.2
+    config.train.dev_share, config.train.list_sample = 0.2, sample
     context = Context(config, Location.of(str(tmp_path)), Profile("float32", "cpu", 1, 1024, 1))
     made = judged(context.store, dev=dev)
     grouped = group.run(context, made).groups
@@ -183,6 +186,8 @@ def test_lists_rejects_and_readings_are_those_of_whole_tables(
     table = schema.from_rows("groups", lists)
     assert grouped.read("groups.parquet").equals(table)
     assert len(set(table.column("split").to_pylist())) == 2 and table.num_rows > 60
+    trained = grouped.read("groups.parquet").filter(pc.equal(table.column("split"), "train"))
+    assert set(map(len, trained.column("passage_ids").to_pylist())) == ({2, 3, 4} if sample else {4})
     found = grouped.read("rejects.parquet").to_pylist()
     assert [(row["id"], row["reason"]) for row in found] == rejects
     reasons = {"nothing_retrieved", "not_retrieved", "not_judged", "not_first", "low_positive"}
@@ -203,4 +208,7 @@ def test_a_corpus_that_is_smaller_than_a_list_gives_all_of_it(
     config = Config()
     config.groups.list_size = 50
     context = Context(config, Location.of(str(tmp_path)), Profile("float32", "cpu", 1, 1024, 1))
-    assert group.list_size(context, written(context.store, "corpus", {}, rows=passages)) == size
+    found = group.lengths(context, written(context.store, "corpus", {}, rows=passages))
+    assert found == {"fewest": size, "list_size": size}
+    config.train.list_sample = 8
+    assert group.lengths(context, written(context.store, "corpus", {}, rows=passages))["fewest"] == 8

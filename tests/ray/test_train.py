@@ -106,14 +106,15 @@ def test_negatives_are_told_the_queries_that_they_answer(tmp_path: Path) -> None
 
     rows = [
         listed("a", "train", "p1", "p2", "p3"),
-        listed("b", "train", "p2", "p1", "p4", "p3"),  # cut to the shortest list
+        listed("b", "train", "p2", "p1", "p4", "p3"),
         listed("c", "dev", "p2", "p1", "p4"),
     ]
     groups.write("groups.parquet", schema.from_rows("groups", rows))
     written = [query_row(f"q-{p}", f"what is {p}?", "span", "negative", p, "us") for p in ("p1", "p2", "p4")]
     negatives.write("queries.parquet", schema.from_rows("queries", written))
     found = lists.lists_of(groups, "train", negatives)
-    assert found.negative_query_ids == [["q-p2", None], ["q-p1", "q-p4"]]
+    assert found.negative_query_ids == [["q-p2", None], ["q-p1", "q-p4", None]]
+    assert found.teacher_BK.tolist() == [[1, 1, 1, -np.inf], [1] * 4]  # filled up to the longest
     assert lists.lists_of(groups, "train").negative_query_ids is None
 
     queries = stage(store, "queries", {})

@@ -1,0 +1,72 @@
+"""Which teacher judges best, and which does the student learn most from? The table of a teacher_mixes sweep.
+
+    python jobs/sweep.py configs/sweeps/teacher_mixes.yaml      # its head says what comes first
+    python benchmarks/teachers.py out/teacher-mixes
+
+Reads each collection's ``test.json``; writes ``teachers.json`` and ``teachers.md`` into ``results/``. The
+student is the trained model itself, whether the recipe would have returned it or not.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+KEYS = ("ndcg@10", "delta", "ci95", "p")
+
+
+def main(folder: Path) -> None:
+    """Write both files from a sweep's output folder."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/test.json"))}
+    if not found:
+        sys.exit(f"no finished collection in {folder}: run the sweep first")
+    document = {name: summary(tested) for name, tested in found.items()}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "teachers.json").write_text(json.dumps(document, indent=1) + "\n")
+    (RESULTS / "teachers.md").write_text(table(document))
+    print(table(document))
+
+
+def summary(tested: dict[str, Any]) -> dict[str, Any]:
+    """Of one collection: the untrained student, and by teacher its own order and the student it trained."""
+    return {
+        "queries": tested["queries"],
+        "base": {"ndcg@10": tested["base"]["ndcg@10"]},
+        "teachers": {
+            row["point"]["teacher"]: {
+                "as judge": {key: row["teacher"][key] for key in KEYS},
+                "its student": {key: row["candidate"][key] for key in KEYS},
+            }
+            for row in tested["settings"]
+        },
+    }
+
+
+def table(document: dict[str, Any]) -> str:
+    """The summary as Markdown."""
+    lines = [
+        "# Teachers: nDCG@10 on test queries",
+        "",
+        "Difference to the untrained student with its 95 % interval over queries and p (paired randomisation "
+        "test).",
+        "",
+        "| collection | queries | student before | teacher | as judge | its student |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in document.items():
+        for teacher, systems in found["teachers"].items():
+            cells = [
+                f"{of['ndcg@10']:.4f} ({of['delta']:+.4f}, {of['ci95'][0]:+.4f} to {of['ci95'][1]:+.4f}, "
+                f"p {of['p']:.2g})"
+                for of in systems.values()
+            ]
+            start = f"| {name} | {found['queries']} | {found['base']['ndcg@10']:.4f} | {teacher} | "
+            lines.append(start + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python benchmarks/teachers.py OUTPUT_DIR_OF_THE_SWEEP")
+    main(Path(sys.argv[1]))
