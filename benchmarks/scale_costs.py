@@ -41,7 +41,7 @@ class Hardware:
     l4_bfloat16: float = 121e12  # FLOP/s
     l4_float32: float = 30.3e12
     l4_memory: float = 300e9  # bytes/s
-    a100: int = 8
+    a100: int = 16
     a100_bfloat16: float = 312e12
     share: float = 0.4  # of these peaks that is reached
     decoded: int = 128  # replies that an engine writes at a time

@@ -32,12 +32,12 @@ from texts import passage_texts, query_texts
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.search import Block, block_sizes, peak_bytes, search
-from retrieval_ray.student import Student, probe_precision
+from retrieval_ray.student import Student, default_token_budget, probe_precision
 
 HIDDEN, NEGATIVES, DEPTH = 384, 10, 50
 MINING = ("ours", "mine_hard_negatives", "mine_hard_negatives, faiss")
 SEARCHING = ("ours", "semantic_search")
-_PART = 512
+_PART, _BUDGET = 512, default_token_budget("cpu")
 _WORDS = 12  # of a passage: the encoder is not what is measured
 
 
@@ -114,7 +114,7 @@ def _mining(name: str, folder: Path, passages: int, queries: int) -> Callable[[]
     anchors = [f"{n} {text}" for n, text in enumerate(query_texts(queries))]
     place = {text: n for n, text in enumerate(corpus)}
     student = Student(str(folder / "encoder"), precision="float32", device="cpu")
-    student.encode(corpus[:64], "passage", token_budget=4096)
+    student.encode(corpus[:64], "passage", token_budget=_BUDGET)
     if name == "ours":
         return lambda: _ours(student, folder, corpus, anchors)
     from datasets import Dataset
@@ -135,13 +135,13 @@ def _mining(name: str, folder: Path, passages: int, queries: int) -> Callable[[]
 def _ours(student: Student, folder: Path, corpus: list[str], anchors: list[str]) -> np.ndarray:
     parts = folder / "parts"
     for start in range(0, len(corpus), _PART):
-        vectors = student.encode(corpus[start : start + _PART], "passage", token_budget=4096)
+        vectors = student.encode(corpus[start : start + _PART], "passage", token_budget=_BUDGET)
         _write_part(parts, start, vectors)
     rows = []
     size, _ = block_sizes("cpu")
     precision = probe_precision("cpu")
     for start in range(0, len(anchors), size):
-        queries_QD = student.encode(anchors[start : start + size], "query", token_budget=4096)
+        queries_QD = student.encode(anchors[start : start + size], "query", token_budget=_BUDGET)
         rankings = search(_blocks(parts), queries_QD, DEPTH, precision=precision)
         for n, ranking in enumerate(rankings, start=start):
             positive = n % len(corpus)

@@ -17,11 +17,11 @@ KEPT_SCORE_BYTES, KEPT_REPLY_BYTES = 23.0, 47.1
 QUERY_BYTES = 57.0
 REQUEST_TOKENS = 2690 / 4  # of a prompt with examples and passage, where none was counted
 LISTED_BYTES, READING_BYTES = 187.0 / 20, 165.0  # of a passage of a list; of a query in the trust table
-CORPUS = Rate(86.3e-6)  # a passage is read twice, sorted, compared, written
+CORPUS = Rate(58.0e-6)  # a passage is read twice, sorted, compared, written
 QUERIES = Rate(60e-6)
-ROW = Rate(4.71e-6)  # of a shard's ranking: found, written, read, merged
+ROW = Rate(3.58e-6)  # of a shard's ranking: found, written, read, merged
 LOOKED_UP = Rate(84e-6)  # a pair of BM25 or dense
-POOLED = Rate(722e-6 / 20)  # a pair of a pool that is made twice and checked
+POOLED = Rate(593e-6 / 20)  # a pair of a pool that is made twice and checked
 VALUES = Rate(173e-6)
 
 

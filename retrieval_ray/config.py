@@ -294,7 +294,7 @@ class ComputeConfig:
     autoscale: bool = False  # the cluster starts machines when asked (KubeRay): what it lacks is waited for
     precision: str | None = None  # float32 | bfloat16; null: probed
     threads: int | None = None  # per worker; null: the machine's cores shared out
-    token_budget: int | None = None  # of one encoding batch, padding included; null: 4,096, on GPUs 16,384
+    token_budget: int | None = None  # of one encoding batch, padding included; null: 2,048, on GPUs 16,384
 
     def fewest_workers(self) -> int:
         """With how many workers a job can begin."""

@@ -90,6 +90,16 @@ def without(row: ScoredList, dropped: set[str]) -> ScoredList:
     return ScoredList(row.query_id, row.query, [row.passages[n] for n in kept], [row.scores[n] for n in kept])
 
 
+def common_length(lengths: Sequence[int]) -> int:
+    """The length to which lists are best cut where all must have one: most negatives are left in all.
+
+    Shorter lists are left out. 0 where no list has a negative.
+    """
+    longest_first = sorted(lengths, reverse=True)
+    left = [(length - 1) * count for count, length in enumerate(longest_first, start=1)]
+    return longest_first[left.index(max(left))] if max(left, default=0) > 0 else 0
+
+
 def cut(row: ScoredList, length: int) -> ScoredList:
     """The list's first passages."""
     return ScoredList(row.query_id, row.query, row.passages[:length], row.scores[:length])

@@ -184,7 +184,8 @@ def build(
 
     margins: passages too close to the positive are no negatives at all, and are masked as well. They are
     measured on ``similarities_N`` where the pool has them, else on the normalised teacher scores. The
-    rule then chooses among the rest of the pool, so deeper ranks fill the list; nothing unjudged does.
+    rule then chooses among the rest of the pool, so deeper ranks fill the list, where there are any; nothing
+    unjudged does.
     """
     positive = positive_of(pool)
     if scale.min_positive is not None and pool.scores_N[positive] < scale.min_positive:
@@ -213,5 +214,5 @@ def build(
         teacher_scores_K=normal_N[chosen],
         excluded_ids=sorted(pool.passage_ids[i] for i in others if normal_N[i] > limit or i in close),
         too_close=len(close),
-        deeper=len(close & set(others[: list_size - 1])) if negatives == "top" else 0,
+        deeper=len(set(chosen[1:]) - set(others[: list_size - 1])) if negatives == "top" else 0,
     )

@@ -89,6 +89,12 @@ def test_every_node_spills_to_the_mounted_folder(launcher: dict[str, Any]) -> No
     assert "--volume /mnt/spill:/mnt/spill" in launcher["docker"]["run_options"]
 
 
+def test_every_machine_runs_the_image_that_the_user_chose(launcher: dict[str, Any]) -> None:
+    """Ray's own default has a driver too old for the container's CUDA."""
+    kinds = launcher["available_node_types"].values()
+    assert {kind["node_config"]["ImageId"] for kind in kinds} == {"EDIT: ami-..."}
+
+
 def test_tokens_are_asked_for_everywhere(launcher: dict[str, Any]) -> None:
     assert "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
     assert "/home/ray/.ray/auth_token" in launcher["file_mounts"]

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from retrieval_ray.export import FORMATS, Passage, ScoredList, cut, without
+from retrieval_ray.export import FORMATS, Passage, ScoredList, common_length, cut, without
 
 LISTS = [
     ScoredList(
@@ -103,3 +105,15 @@ def test_a_positive_is_never_dropped_and_scores_follow_their_passages() -> None:
         1.0,
         0.5,
     ]
+
+
+@given(st.lists(st.integers(1, 12), max_size=9))
+def test_lists_are_cut_where_most_negatives_are_left(lengths: list[int]) -> None:
+    def left(length: int) -> int:
+        return (length - 1) * sum(own >= length for own in lengths)
+
+    found = common_length(lengths)
+    assert (found == 0) == (max(lengths, default=1) == 1)
+    if found:
+        assert left(found) == max(left(length) for length in lengths)
+    assert common_length([6, 6, 6]) == 6 and common_length([50, 50, 50, 3]) == 50

@@ -125,6 +125,9 @@ def test_a_deeper_rank_stands_in_for_a_passage_that_the_retriever_finds_too_clos
     assert (group.too_close, group.deeper, list(group.excluded_ids)) == (1, 1, ["close"])
     without = _built(pool, _scale(pool.scores_N), list_size=3, ratio=1.0)
     assert without.passage_ids == ["pos", "close", "near"] and without.deeper == 0
+    rest = _built(pool, _scale(pool.scores_N), list_size=5, ratio=1.0, margins=Margins(relative=0.05))
+    assert rest.passage_ids == ["pos", "near", "far", "unseen"]
+    assert (rest.too_close, rest.deeper) == (1, 0)  # nothing stands in for it: the list is shorter
     short = build(
         pool, _scale(pool.scores_N), fewest=5, list_size=5, false_negative_ratio=1.0, negatives="top",
         margins=Margins(relative=0.05),

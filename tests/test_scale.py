@@ -1,5 +1,6 @@
 """docs/scale.md is what its script writes, and its formulas are the code's."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from retrieval_ray import amounts
 from retrieval_ray.artifacts import bucket_count
 from retrieval_ray.throughput import training_flops
 
@@ -29,6 +31,21 @@ def scale(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def test_the_page_is_what_the_script_writes(scale: ModuleType) -> None:
     """If this fails: python benchmarks/scale.py --page"""
     assert (ROOT / "docs" / "scale.md").read_text(encoding="utf-8") == scale.page()
+
+
+def test_forecasts_reckon_with_the_rates_that_were_measured() -> None:
+    """If this fails: the constants of ``amounts`` are those of an earlier results/scale.json."""
+    rates = json.loads((ROOT / "benchmarks" / "results" / "scale.json").read_text())["rates"]
+    seconds = {"ingest_us": amounts.CORPUS, "row_us": amounts.ROW, "group_us": amounts.POOLED}
+    lists = {"ingest_us": 1, "row_us": 1, "group_us": 20}
+    for name, rate in seconds.items():
+        assert rate.seconds == pytest.approx(rates[name] * 1e-6 / lists[name])
+    stored = {
+        "run_bytes": amounts.RUN_BYTES, "score_bytes": amounts.SCORE_BYTES, "pair_bytes": amounts.PAIR_BYTES,
+        "index_bytes": amounts.INDEX_BYTES, "kept_score_bytes": amounts.KEPT_SCORE_BYTES,
+        "kept_reply_bytes": amounts.KEPT_REPLY_BYTES, "list_bytes": 20 * amounts.LISTED_BYTES,
+    }  # fmt: skip
+    assert stored == {name: rates[name] for name in stored}
 
 
 def test_every_size_has_every_stage_and_no_placeholder_is_left(scale: ModuleType) -> None:

@@ -103,6 +103,38 @@ def test_more_texts_than_one_tokenizer_block_keep_their_order(student_folder, wo
         assert rows[n].tolist() == student.tokenize([texts[n]], "query")[0].tolist()
 
 
+@pytest.mark.parametrize("knows", ["all options", "other options", "none"])
+def test_tokens_are_the_same_whatever_options_the_models_first_module_knows(
+    make_student, texts, monkeypatch, knows
+):
+    """A module of the model's own may pad all the same, or take no such options at all."""
+    folder = make_student()
+    expected = SentenceTransformer(folder, device="cpu").preprocess(texts)
+    rows = [
+        row[mask.bool()].tolist()
+        for row, mask in zip(expected["input_ids"], expected["attention_mask"], strict=True)
+    ]
+    whole = Transformer.preprocess
+    if knows == "other options":
+        monkeypatch.setattr(
+            Transformer, "preprocess", lambda self, inputs, prompt=None, **_: whole(self, inputs, prompt)
+        )
+    elif knows == "none":
+        monkeypatch.setattr(
+            Transformer, "preprocess", lambda self, inputs, prompt=None: whole(self, inputs, prompt)
+        )
+    student = _student(folder)
+    assert [row.tolist() for row in student.tokenize(texts, "passage")] == rows
+
+
+def test_texts_packed_into_one_row_are_the_users_error(make_student, texts, monkeypatch):
+    student = _student(make_student())
+    packed = {"input_ids": [[2, 5, 3, 2, 6, 3]]}
+    monkeypatch.setattr(student.model, "preprocess", lambda *_, **__: packed)
+    with pytest.raises(UserError, match="packs several texts"):
+        student.tokenize(texts[:2], "query")
+
+
 @pytest.mark.parametrize("include_prompt", [True, False])
 def test_tokens_made_elsewhere_give_the_same_vectors(make_student, texts, include_prompt):
     """A worker may get rows that another process tokenised."""

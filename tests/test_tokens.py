@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval_ray import tokens
-from retrieval_ray.tokens import TokenRows
+from retrieval_ray.tokens import TokenRows, count_read, counting
 
 TOKEN = st.integers(0, 2**31 - 1)
 
@@ -33,3 +33,15 @@ def test_every_text_is_tokenised_once_and_no_row_is_copied():
     rows = TokenRows(["b", "a", "b"], tokenize)
     assert seen == ["a", "b"]
     assert np.shares_memory(rows["a"], rows["a"]) and isinstance(rows["a"].base, np.memmap)
+
+
+def test_what_teachers_read_is_counted_where_somebody_asks():
+    count_read(5)  # nobody does
+    with counting() as outer:
+        count_read(3)
+        with counting() as inner:
+            count_read(4)
+        count_read(1)
+        assert (outer(), inner()) == (4, 4)
+    count_read(7)
+    assert outer() == 4

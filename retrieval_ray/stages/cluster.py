@@ -104,6 +104,16 @@ def pools(compute: ComputeConfig) -> list[Pool] | None:
         return None
     if types := node_types():
         return types
+    return _nodes()
+
+
+def ready(compute: ComputeConfig) -> bool:
+    """Whether a node is up that can hold a worker, busy or not: asking for one starts no machine then."""
+    return room(_nodes(), compute.cpus_per_worker, gpus_per_worker(compute)) > 0
+
+
+def _nodes() -> list[Pool]:
+    """What is there."""
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Pool(float(has.get("CPU", 0)), float(has.get("GPU", 0)), 1) for has in there]
 

@@ -9,7 +9,16 @@ import pyarrow.compute as pc
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, part_name
 from retrieval_ray.errors import UserError
-from retrieval_ray.export import BY_ID, EQUAL_LENGTHS, FORMATS, Passage, ScoredList, cut, without
+from retrieval_ray.export import (
+    BY_ID,
+    EQUAL_LENGTHS,
+    FORMATS,
+    Passage,
+    ScoredList,
+    common_length,
+    cut,
+    without,
+)  # fmt: skip
 from retrieval_ray.progress import say
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.ingest import some_passages
@@ -37,7 +46,7 @@ def run(grouped: Grouped, form: str, folder: Location, *, drop: bool) -> None:
     """Write ``train/`` and ``dev/`` (JSON lines) and, last, ``export.json`` with what they hold.
 
     drop: leave out the negatives that training masks as suspected false ones. Formats with one column per
-    negative get lists as long as the shortest of the split.
+    negative get lists of one length (``export.common_length``).
     """
     facts: dict[str, Any] = {
         "format": form,
@@ -50,17 +59,19 @@ def run(grouped: Grouped, form: str, folder: Location, *, drop: bool) -> None:
     for split in ("train", "dev"):
         rows = _rows(grouped, split)
         lengths = [len(_kept(row, drop)) for row in rows]
-        length = min(lengths, default=0)
-        facts[split] = {"lists": len(rows), "passages": sum(lengths)}
         if form in EQUAL_LENGTHS and rows:
-            if length < 2:
+            length = common_length(lengths)
+            if not length:
                 raise UserError(
-                    f"format '{form}' needs as many negatives in every list, and one of '{split}' has none "
-                    "left; use false_negatives=keep, or another format"
+                    f"format '{form}' needs negatives in every list, and no list of '{split}' has any left; "
+                    "use false_negatives=keep, or another format"
                 )
-            facts[split]["passages"] = length * len(rows)
-            if length < max(lengths):
-                say(f"  {split}: lists are cut to {length} passages, the shortest's number")
+            if len(set(lengths)) > 1:
+                shorter = sum(own < length for own in lengths)
+                say(f"  {split}: lists are cut to {length} passages; {shorter:,} shorter ones are left out")
+            rows = [row for row, own in zip(rows, lengths, strict=True) if own >= length]
+            lengths = [length] * len(rows)
+        facts[split] = {"lists": len(rows), "passages": sum(lengths)}
         for number, at in enumerate(range(0, len(rows), LISTS_PER_FILE)):
             part = list(_lists(grouped, rows[at : at + LISTS_PER_FILE], drop))
             if form in EQUAL_LENGTHS:

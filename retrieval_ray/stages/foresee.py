@@ -53,8 +53,8 @@ def adapting(context: Context, until: str | None) -> Foreseen:
 def sweeping(context: Context, until: str | None, *, trials: Sequence[Config]) -> Foreseen:
     """Trials one after the other; until: where each ends. What they share is done by the first.
 
-    Trials that differ in ``train`` alone share all but their training; others share at least something, so
-    theirs is at most so much.
+    Trials that differ in ``train`` alone, and in nothing there that makes other lists, share all but their
+    training; others share at least something, so theirs is at most so much.
     """
     judges, corpora = judges_of(context), look(context, True)
     rates, to = rates_of(context, judges, corpora, sample=True), STAGES.index(until or "train")
@@ -63,6 +63,7 @@ def sweeping(context: Context, until: str | None, *, trials: Sequence[Config]) -
     for trial in trials:
         own = replace(context, config=trial)
         shared = {key: value for key, value in to_dict(trial).items() if key != "train"}
+        shared["lists"] = [trial.encoded_of_a_list(), trial.train.dev_share, trial.train.dev_queries]
         if shared in begun:
             works.append(one_training(own, corpora, rates, ""))
             continue

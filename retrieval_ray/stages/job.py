@@ -97,11 +97,14 @@ def open_run(config: Config, *, profile: Profile | None = None, dry_run: bool) -
         )
     if not known and finished:
         raise UserError(f"output_dir '{config.output_dir}' holds results of something else")
-    on_cluster = cluster.given() and not dry_run
-    if on_cluster:
+    on_cluster = cluster.given()
+    if on_cluster and dry_run:
+        cluster.connect(config.compute)
+    elif on_cluster:
         cluster.join(config.compute)
     before = asdict(profile) if profile else known.get("profile", {})
-    profile = resolve(config.compute, before, on_cluster=on_cluster)
+    asked = not dry_run or not on_cluster or cluster.ready(config.compute)
+    profile = resolve(config.compute, before, on_cluster=on_cluster, asked=asked)
     if not dry_run:
         record.write_json({"run": digest(identity), "config": identity, "profile": asdict(profile)})
     return Context(config, store, profile, dry_run=dry_run)

@@ -52,11 +52,11 @@ class Counted:
     rows: str = "rows"
 
     def part(self, facts: Mapping[str, Any]) -> None:
-        """Count a part by what its worker returned: rows, tokens read, errors by reason."""
+        """Count a part by what its worker returned: rows, tokens read and written, errors by reason."""
         count(
             self.stage,
             self.collection,
             rows=int(facts.get(self.rows, 0)),
-            tokens={"in": int(facts.get("tokens", 0))},
+            tokens={"in": int(facts.get("tokens", 0)), "out": int(facts.get("tokens_out", 0))},
             errors=facts.get("errors"),
         )

@@ -28,15 +28,19 @@ class Profile:
         return {key: value for key, value in asdict(self).items() if key != "workers"}
 
 
-def resolve(compute: ComputeConfig, known: dict[str, Any], *, on_cluster: bool) -> Profile:
+def resolve(
+    compute: ComputeConfig, known: dict[str, Any], *, on_cluster: bool, asked: bool = True
+) -> Profile:
     """The profile of a run: as told, else as written down in ``known``, else as probed.
 
     On a cluster a worker is probed: the driver's machine may have neither its GPUs nor its cores.
+    asked: false for a plan where no worker is there yet: a machine would be started for it, so it is guessed.
     """
     device, precision = known.get("device"), compute.precision or known.get("precision")
     threads = compute.threads or (known.get("threads") if known.get("workers") == compute.workers else None)
     if not (device and precision and threads):
-        found = _probe_worker(compute) if on_cluster else _probe(compute.workers)
+        probe = (_probe_worker if asked else _guess_worker) if on_cluster else _probe
+        found = probe(compute)
         device, precision = device or found["device"], precision or found["precision"]
         threads = threads or found["threads"]
         say(f"numeric profile: {device}, {precision}, {threads} threads a worker")
@@ -44,12 +48,12 @@ def resolve(compute: ComputeConfig, known: dict[str, Any], *, on_cluster: bool) 
     return Profile(precision, device, threads, budget, compute.workers)
 
 
-def _probe(workers: int) -> dict[str, Any]:
+def _probe(compute: ComputeConfig) -> dict[str, Any]:
     """A machine's device, the faster precision on it, and its cores shared out over the workers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "device": device, "precision": probe_precision(device), "threads": max(1, cores // workers),
+        "device": device, "precision": probe_precision(device), "threads": max(1, cores // compute.workers),
     }  # fmt: skip
 
 
@@ -57,5 +61,11 @@ def _probe_worker(compute: ComputeConfig) -> dict[str, Any]:
     gpus = gpus_per_worker(compute)
     say(f"asking the cluster for a worker of {compute.cpus_per_worker} CPU, {gpus:g} GPU")
     task = ray.remote(num_cpus=compute.cpus_per_worker, num_gpus=gpus)(_probe)
-    found: dict[str, Any] = ray.get(task.remote(1))
+    found: dict[str, Any] = ray.get(task.remote(compute))
     return found | {"threads": compute.cpus_per_worker}  # what Ray set aside for it, not the whole machine
+
+
+def _guess_worker(compute: ComputeConfig) -> dict[str, Any]:
+    say("no node is up that could hold a worker: its device and precision are guessed")
+    device = "cuda" if gpus_per_worker(compute) else "cpu"
+    return {"device": device, "precision": "bfloat16", "threads": compute.cpus_per_worker}

@@ -13,9 +13,11 @@ from retrieval_ray.stages.collection import Collection
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import part_texts
 from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
+from retrieval_ray.stages.meter import Counted
 from retrieval_ray.stages.parts import run_parts
 from retrieval_ray.stages.query_rows import QueryRows
 from retrieval_ray.teachers.late import Late
+from retrieval_ray.tokens import counting
 
 VERSION = 1
 
@@ -41,8 +43,9 @@ def run(context: Context, judge: Judge, collection: Collection) -> Stage:
         _TokenEncoder,
         {"queries": queries, "target": target, "late": arguments_of(context, judge)},
         [{"number": n} for n, name in enumerate(names) if name in missing],
+        counted=Counted(target.name, collection.name),
     )
-    context.finish(target, names, rows=int(queries.manifest()["rows"]), collection=collection.name)
+    context.finish(target, names, rows=int(queries.manifest()["rows"]))
     return target
 
 
@@ -70,7 +73,8 @@ class _TokenEncoder:
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])
         ids, texts = part_texts(self.queries, number, "query")
-        vectors = self.late.query_vectors(texts)
+        with counting() as read:
+            vectors = self.late.query_vectors(texts)
         table = pa.table(
             {
                 "query_id": pa.array(ids, pa.string()),
@@ -79,4 +83,4 @@ class _TokenEncoder:
             }
         )
         self.target.write(part_name("tokens", number, "arrow"), table)
-        return {"rows": len(ids)}
+        return {"rows": len(ids), "tokens": read()}

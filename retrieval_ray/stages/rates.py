@@ -1,6 +1,7 @@
 """What a row of each stage takes: as finished stages of this store say, else as a short sample does.
 
-The sample runs here, in this process: on a head without GPUs it says nothing of workers that have some.
+On a cluster the sample runs on a worker, where a node is up that can hold one; without one here, in this
+process.
 """
 
 import time
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from retrieval_ray import teachers
@@ -18,6 +20,7 @@ from retrieval_ray.memory import activation_bytes
 from retrieval_ray.model_files import hub_id
 from retrieval_ray.objective import Objective
 from retrieval_ray.progress import say
+from retrieval_ray.stages import cluster
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import student_arguments, with_model
 from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
@@ -98,12 +101,33 @@ def sampled(
     train: whether a training step is tried too.
     """
     rates = found(context, judges)
+    passages, queries = list(passages[:TEXTS]), list(queries[:TEXTS]) or list(passages[:8])
+    given = (context, judges, passages, queries, rates, train)
+    if cluster.given():
+        if not cluster.ready(context.config.compute):
+            say("no node is up that could hold a worker: no sample is tried")
+            return rates
+        say("a short sample on a worker, for the rates")
+        task = ray.remote(**context.worker_resources())(_sampled)
+        sampled: Rates = ray.get(task.remote(*given, "a worker"))
+        return sampled
+    say("a short sample, for the rates")
+    return _sampled(*given, "this machine")
+
+
+def _sampled(
+    context: Context,
+    judges: Sequence[Judge],
+    passages: list[str],
+    queries: list[str],
+    rates: Rates,
+    train: bool,
+    where: str,
+) -> Rates:
     earlier = set(rates.known)
     began = time.monotonic()
-    say("a short sample, for the rates")
     before = torch.get_num_threads()
     torch.set_num_threads(context.profile.threads)
-    passages, queries = list(passages[:TEXTS]), list(queries[:TEXTS]) or list(passages[:8])
     try:
         _encoding(context, rates, "", passages, queries, train=train)
         for name, config in context.config.retrieve.models.items():
@@ -123,8 +147,8 @@ def sampled(
             rates.bm25 = _bm25(passages, queries)
     finally:
         torch.set_num_threads(before)
-    where = f"a sample of {time.monotonic() - began:.0f} s on this machine ({context.profile.device})"
-    rates.source = f"{rates.source} and {where}" if earlier else where
+    sample = f"a sample of {time.monotonic() - began:.0f} s on {where} ({context.profile.device})"
+    rates.source = f"{rates.source} and {sample}" if earlier else sample
     return rates
 
 

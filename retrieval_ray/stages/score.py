@@ -31,6 +31,7 @@ from retrieval_ray.stages.score_lists import ListScorer, PooledByQuery
 from retrieval_ray.stages.score_vllm import VllmYesNo
 from retrieval_ray.stages.scores import rejects_name, row_count, write_part
 from retrieval_ray.teachers.pairs import judge as judge_pairs
+from retrieval_ray.tokens import counting
 
 VERSION = 2
 
@@ -283,12 +284,13 @@ class Scorer:
         if self.tokens is not None:
             self.tokens.places = self.place | dict(zip(queries, pairs.places, strict=True))
         at = list(new.values())
-        scores, failed = judge_pairs(
-            self.teacher.score,
-            [queries[i] for i in at],
-            [passages[i] for i in at],
-            answered=self.answered,
-        )
+        with counting() as read:
+            scores, failed = judge_pairs(
+                self.teacher.score,
+                [queries[i] for i in at],
+                [passages[i] for i in at],
+                answered=self.answered,
+            )
         found = {key: float(s) for key, s in zip(new, scores, strict=True) if np.isfinite(s)}
         reasons = {key: failed[n] for n, key in enumerate(new) if n in failed}
         self.cache.write(number, self.parts, list(found), list(found.values()))
@@ -306,4 +308,4 @@ class Scorer:
             rejects,
         )
         errors = Counter(reason for _, reason, _ in rejects)
-        return {"judged": len(found), "cached": len(keys) - len(new), "errors": errors}
+        return {"judged": len(found), "cached": len(keys) - len(new), "tokens": read(), "errors": errors}

@@ -74,6 +74,7 @@ class ListScorer:
         self.windows = {"window": window, "stride": stride}
         self.endpoint = Endpoint(**endpoint)  # one for all parts, so that it learns of a dead server
         self.cache = ContentCache(store / "orders", teacher_id, ORDER)
+        self.read = self.written = 0  # tokens of the part in hand
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])
@@ -89,6 +90,7 @@ class ListScorer:
         self.endpoint.answered = self.endpoint.answered or bool(known)
         failed: dict[bytes, Failure] = {}
         judged = repaired = 0
+        self.read, self.written = 0, 0
         for start in range(0, len(new), _AT_ONCE):
             some = new[start : start + _AT_ONCE]
             orders, count = rank(
@@ -105,7 +107,10 @@ class ListScorer:
             known.update(found)
             judged += sum(map(len, found.values()))
         if waiting := [failure for failure in failed.values() if failure.passing]:
-            return {"judged": judged, "cached": 0, "open": len(waiting), "error": waiting[-1].detail}
+            return {
+                "judged": judged, "cached": 0, "open": len(waiting), "error": waiting[-1].detail,
+                "tokens": self.read, "tokens_out": self.written,
+            }  # fmt: skip
         scored: list[tuple[str, str, float]] = []
         rejects: list[Reject] = []
         for q, rows in rows_of.items():
@@ -120,6 +125,8 @@ class ListScorer:
             "judged": judged,
             "cached": len(scored) - judged,
             "repaired": repaired,
+            "tokens": self.read,
+            "tokens_out": self.written,
             "errors": dict(Counter(reason for _, reason, _ in rejects)),
         }
 
@@ -130,6 +137,7 @@ class ListScorer:
         requests = [Request(str(n), "", "order", messages, 0) for n, messages in enumerate(prompts)]
         found: dict[int, str | Failure] = {}
         async for reply in self.endpoint.replies(requests):
+            self.read, self.written = self.read + reply.tokens_in, self.written + reply.tokens_out
             if reply.text is None:
                 outcome: str | Failure = Failure("no_reply", str(reply.error), passing=not reply.refused)
             elif reply.cut:  # its end is missing, and may be that of thoughts

@@ -16,6 +16,7 @@ from retrieval_ray.model_files import resolve_model
 from retrieval_ray.teachers import yes_no
 from retrieval_ray.teachers.loading import KEY, load_tokenizer, token_ids
 from retrieval_ray.teachers.pairs import Scores
+from retrieval_ray.tokens import count_read
 
 
 class VllmYesNo:
@@ -80,6 +81,7 @@ class VllmYesNo:
     def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:
         """Raw scores of the pairs, in their order."""
         rows = self.template.rows(queries, passages)
+        count_read(sum(map(len, rows)))
         outputs = self.llm.generate(
             [{"prompt_token_ids": row} for row in rows], self.sampling, use_tqdm=False
         )

@@ -38,7 +38,7 @@ from retrieval_ray.stages.trainer import (
 from retrieval_ray.step import Lists
 from retrieval_ray.student import default_chunk_tokens
 
-VERSION = 11
+VERSION = 12
 _NOT_IN_IDENTITY = ("checkpoint_minutes", "activation_gib", "rounds", "seed")
 
 

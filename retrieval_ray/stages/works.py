@@ -184,14 +184,20 @@ def _encodings(context: Context, known: Known, rates: Rates, note: str) -> list[
 
 def _lists(context: Context, known: Known, note: str) -> list[Work]:
     pool = min(context.config.teacher.depth, known.passages)
-    groups = amounts.groups(known.training, pool, context.config.groups.list_size, at_most=True)
+    groups = amounts.groups(known.training, pool, _longest(context, known), at_most=True)
     works = [replace(groups, label=f"groups{note}")]
     return works + (_answered(context, known) if context.config.queries.negatives else [])
 
 
+def _longest(context: Context, known: Known) -> int:
+    """Passages of a list: no more than are judged."""
+    config = context.config
+    return min(config.groups.list_size, config.teacher.depth, known.passages)
+
+
 def _answered(context: Context, known: Known) -> list[Work]:
     """A query for each negative of the lists, at most one a passage; by the LLM where it is named."""
-    most = min(known.passages, known.training * (context.config.groups.list_size - 1))
+    most = min(known.passages, known.training * (_longest(context, known) - 1))
     works = [Work("negatives", "negatives", "queries", most, True, stored=most * amounts.QUERY_BYTES)]
     if context.config.llm.model:
         works.insert(0, requests_of(context, most, None, label="generate for negatives"))
@@ -240,7 +246,7 @@ def one_training(context: Context, corpora: Sequence[Known], rates: Rates, note:
         all_of_it = known.lists[0] if known.lists else known.training - dev
         lists.append(max(1, round(train.share * all_of_it)))
         pool = min(config.teacher.depth, known.passages)
-        length = config.groups.list_size if known.dev else pool  # without judged queries, whole pools
+        length = _longest(context, known) if known.dev else pool  # without judged queries, whole pools
         texts = dev * (1 + length) + known.dev * (1 + pool)
         dev_texts += min(texts, known.passages + known.rows)
     return amounts.train(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from retrieval_ray.batching import Indices, cut_chunks
 from retrieval_ray.errors import UserError
+from retrieval_ray.tokens import count_read
 
 Scores = npt.NDArray[np.float32]
 Score = Callable[[Sequence[str], Sequence[str]], Scores]  # queries, passages of equal length -> raw scores
@@ -99,6 +100,7 @@ def in_chunks(lengths: Sequence[int], forward: Callable[[Indices], Tensor], *, t
     Where memory runs out, the budget is halved for the rest of this call. What was halved is forgotten
     afterwards, so that a row's batch never depends on calls before.
     """
+    count_read(sum(lengths))
     found: list[tuple[Indices, Tensor]] = []
     waiting = deque(cut_chunks(lengths, token_budget))
     while waiting:

@@ -76,6 +76,7 @@ class Cluster:
             RAY_TMPDIR=str(own / "tmp"), AWS_ENDPOINT_URL=endpoint, **KEYS, **PATIENCE,
         )  # fmt: skip
         self.running: dict[Host, subprocess.Popen[bytes]] = {}
+        self.gone: list[Host] = []  # cut off
         user = nodes.environment(base / "home", self.python)
         self.dashboard = nodes.Dashboard(f"http://{SUBNET}.1:8265", user)
 
@@ -107,7 +108,13 @@ class Cluster:
         """The oldest working host, whose cable is pulled."""
         host = [host for host in self.running if host != self.head][0]
         self.network.cut(host)
+        self.gone.append(host)
         return host
+
+    def clear(self) -> None:
+        """End what runs on hosts that were cut off and not forgotten."""
+        for host in [host for host in self.running if host in self.gone]:
+            self.forget(host)
 
     def alive(self) -> set[str]:
         return {node["node_ip"] for node in self.dashboard.nodes()}
@@ -248,6 +255,9 @@ def test_a_host_is_cut_off(
         replaced = time.monotonic() - begin
         code = process.wait(timeout=1200)
     finally:
+        cluster.clear()
+        if process.poll() is None:
+            cluster.dashboard.stop(name)
         nodes.end(process)
         said = cluster.dashboard.said(name)
         print("\n".join(said))

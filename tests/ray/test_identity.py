@@ -28,6 +28,7 @@ from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model
 from retrieval_ray.sources import Source
 from retrieval_ray.stages import encode, ingest, score, train
+from retrieval_ray.stages import profile as profiles
 from retrieval_ray.stages.collection import Collection, Grouped, Ranked, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.judges import Judge, arguments_of, teacher_id
@@ -160,10 +161,24 @@ def test_the_token_budget_is_as_told_or_as_written_down_or_the_devices_own() -> 
     def budget(compute: ComputeConfig, **more: int) -> int:
         return resolve(compute, known | more, on_cluster=False).token_budget
 
-    assert budget(ComputeConfig()) == 4096
+    assert budget(ComputeConfig()) == 2048
     assert budget(ComputeConfig(), token_budget=777) == 777
     assert budget(ComputeConfig(token_budget=55), token_budget=777) == 55
     assert resolve(ComputeConfig(), known | {"device": "cuda"}, on_cluster=False).token_budget == 16_384
+
+
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+def test_a_plan_for_workers_that_are_not_there_guesses_and_starts_none(
+    monkeypatch: pytest.MonkeyPatch, gpus: float
+) -> None:
+    monkeypatch.setattr(profiles, "gpus_per_worker", lambda compute: gpus)
+    monkeypatch.setattr(profiles.ray, "remote", None)
+    compute = ComputeConfig(workers=4, cpus_per_worker=7)
+    found = resolve(compute, {}, on_cluster=True, asked=False)
+    device = "cuda" if gpus else "cpu"
+    assert (found.device, found.precision, found.threads, found.workers) == (device, "bfloat16", 7, 4)
+    told = resolve(replace(compute, precision="float32"), {}, on_cluster=True, asked=False)
+    assert told.precision == "float32"
 
 
 @pytest.mark.parametrize(

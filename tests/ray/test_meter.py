@@ -73,7 +73,8 @@ def test_every_stage_counts_what_its_manifest_says(
     steps = [json.loads(line) for line in (trained / "steps.jsonl").read_text().splitlines()]
     expected["ray_retrieval_ray_tokens_total", "train", "in"] = sum(int(row["tokens"]) for row in steps)
     found = settled("metered", expected)
-    assert found.pop(("ray_retrieval_ray_tokens_total", "encode", "in")) > 640
+    for stage, fewest in {"encode": 640, "score-late": 640, "query-tokens": 80}.items():
+        assert found.pop(("ray_retrieval_ray_tokens_total", stage, "in")) > fewest
     assert found == expected
 
 
@@ -96,11 +97,14 @@ def test_what_is_counted_before_there_is_a_cluster_is_counted_later(
 
 
 def test_a_part_counts_by_what_its_worker_returned(ray_local: None) -> None:
-    meter.Counted("score-listwise", "asked", rows="judged").part({"judged": 3, "errors": {"no_reply": 1}})
+    part = {"judged": 3, "errors": {"no_reply": 1}, "tokens": 40, "tokens_out": 6}
+    meter.Counted("score-listwise", "asked", rows="judged").part(part)
     expected: Counts = Counter(
         {
             ("ray_retrieval_ray_rows_total", "score-listwise"): 3,
             ("ray_retrieval_ray_errors_total", "score-listwise", "no_reply"): 1,
+            ("ray_retrieval_ray_tokens_total", "score-listwise", "in"): 40,
+            ("ray_retrieval_ray_tokens_total", "score-listwise", "out"): 6,
         }
     )
     assert settled("asked", expected) == expected

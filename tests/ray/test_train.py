@@ -10,6 +10,7 @@ import ray.train
 
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, stage
+from retrieval_ray.batching import rectangular
 from retrieval_ray.config import Config, DatasetConfig
 from retrieval_ray.errors import TrainingStopped
 from retrieval_ray.sources import Source
@@ -91,6 +92,39 @@ def test_a_corpus_of_few_queries_is_trained_on_and_said_so(
     assert settings.batch_queries == batch
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines, strict=True))
+
+
+def test_the_temperature_of_lists_of_several_lengths_is_that_of_each_list_s_own_passages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two corpora, found by trying temperatures on one list after the other."""
+    rng = np.random.default_rng(4)
+    vectors = {
+        key: vector / np.linalg.norm(vector)
+        for key, vector in zip([*"abcdefg", "q1", "q2", "q3"], rng.standard_normal((10, 5)), strict=True)
+    }
+    seen = SimpleNamespace(of=lambda ids: np.array([vectors[key] for key in ids], dtype=np.float32))
+    monkeypatch.setattr(lists, "Vectors", SimpleNamespace(all=lambda stage: seen))
+    rows = [["a", "b", "c"], ["d", "e"], list("abcdefg")]
+    teacher = [rng.random(len(row)) for row in rows]
+    parts = [
+        Lists(["q1", "q2"], rows[:2], rectangular(teacher[:2], -np.inf), [[], []]),
+        Lists(["q3"], rows[2:], teacher[2][None], [[]]),
+    ]
+    corpora: Any = [SimpleNamespace(passages=None, query_vectors=None)] * 2
+    found = lists.calibrated(corpora, parts, 0.3)
+
+    def kl(temperature: float) -> float:
+        total = 0.0
+        for query, row, own in zip(("q1", "q2", "q3"), rows, teacher, strict=True):
+            student = np.exp(np.array([vectors[p] @ vectors[query] for p in row]) / temperature)
+            wanted = np.exp(own / 0.3)
+            student, wanted = student / student.sum(), wanted / wanted.sum()
+            total += float((wanted * np.log(wanted / student)).sum())
+        return total
+
+    tried = np.geomspace(0.005, 2, 2000)
+    assert found == pytest.approx(tried[np.argmin([kl(t) for t in tried])], rel=0.01)
 
 
 def test_negatives_are_told_the_queries_that_they_answer(tmp_path: Path) -> None:
