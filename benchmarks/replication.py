@@ -8,27 +8,12 @@ Reads each collection's ``test.json``; writes ``replication.json`` and ``replica
 are the trained models themselves. The lead is the teacher's over the base model.
 """
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tested import write
 
-RESULTS = Path(__file__).parent / "results"
 KEYS = ("ndcg@10", "delta", "ci95", "p")
-
-
-def main(folder: Path) -> None:
-    """Write both files from a sweep's output folder."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/test.json"))}
-    if not found:
-        sys.exit(f"no finished collection in {folder}: run the sweep first")
-    document = summary(found)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "replication.json").write_text(json.dumps(document, indent=1) + "\n")
-    (RESULTS / "replication.md").write_text(table(document))
-    print(table(document))
 
 
 def summary(tested: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +76,4 @@ def table(document: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python benchmarks/replication.py OUTPUT_DIR_OF_THE_SWEEP")
-    main(Path(sys.argv[1]))
+    write("replication", summary, table)

@@ -7,25 +7,11 @@ Reads each collection's ``test.json``; writes ``teachers.json`` and ``teachers.m
 student is the trained model itself, whether the recipe would have returned it or not.
 """
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from tested import write
+
 KEYS = ("ndcg@10", "delta", "ci95", "p")
-
-
-def main(folder: Path) -> None:
-    """Write both files from a sweep's output folder."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/test.json"))}
-    if not found:
-        sys.exit(f"no finished collection in {folder}: run the sweep first")
-    document = {name: summary(tested) for name, tested in found.items()}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "teachers.json").write_text(json.dumps(document, indent=1) + "\n")
-    (RESULTS / "teachers.md").write_text(table(document))
-    print(table(document))
 
 
 def summary(tested: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +53,4 @@ def table(document: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python benchmarks/teachers.py OUTPUT_DIR_OF_THE_SWEEP")
-    main(Path(sys.argv[1]))
+    write("teachers", lambda found: {key: summary(tested) for key, tested in found.items()}, table)
