@@ -120,8 +120,16 @@ def machine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in _PACKAGES},
+        **{package: _version(package) for package in _PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: the core's benchmarks need no Ray."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def report(

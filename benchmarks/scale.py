@@ -9,6 +9,7 @@ page from the results that are there. ``--quick`` measures less and writes nothi
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from measure import RESULTS, commit, machine, parser
 from scale_costs import Case, Cost, Hardware, of_all, parts, retrieve, vector_bytes
 
-from retrieval_ray.artifacts import AT_ONCE
+from retrieval_ray.artifacts import AT_ONCE, MOST_BUCKETS
 
 PAGE = RESULTS.parents[1] / "docs" / "scale.md"
 SIZES = {"10 million": 10**7, "100 million": 10**8, "A billion": 10**9}
@@ -141,7 +142,25 @@ def _costs(name: str, stages: Sequence[Cost]) -> str:
             _bytes(max(c.driver_memory for c in stages)),
         ]
     )
-    return f"## {name} passages, in {parts(SIZES[name]):,} parts\n\n{_table(_HEAD, rows)}\n"
+    head = f"## {name} passages, in {parts(SIZES[name]):,} parts"
+    return f"{head}\n\n{_table(_HEAD, rows)}\n\n{_longest(stages)}\n"
+
+
+def _longest(stages: Sequence[Cost]) -> str:
+    """The three stages that take longest, and what each of them mostly waits for."""
+    every = sum(cost.hours for cost in stages)
+    named = []
+    for cost in sorted(stages, key=lambda cost: -cost.hours)[:3]:
+        machines = cost.hours - cost.driver_hours - cost.waiting_hours
+        kinds = {
+            "its machines at work": machines,
+            "one process": cost.driver_hours,
+            "waiting for the store": cost.waiting_hours,
+        }
+        most = max(kinds, key=lambda kind: kinds[kind])
+        share = f"{cost.hours / every:.0%} of the hours"
+        named.append(f"{cost.stage} ({share}, {kinds[most] / cost.hours:.0%} of them {most})")
+    return f"What takes longest: {', then '.join(named)}."
 
 
 def _limits(case: Case, hardware: Hardware) -> str:
@@ -179,8 +198,9 @@ def _bottlenecks(
     middle, largest = ({c.stage: c for c in costs[name]} for name in ("100 million", "A billion"))
     ten, hundred = SIZES["10 million"], SIZES["100 million"]
     cut, uncut = (retrieve(ten, case, hardware, rates, joined=joined) for joined in (True, False))
-    one_by_one = parts(hundred) * hardware.answer / 3600
-    searched = middle["evaluate"].gpu_hours - middle["encode"].gpu_hours
+    uncapped = 2 ** math.ceil(math.log2(hundred / 512))
+    one_by_one = uncapped * hardware.answer / 3600
+    reported = middle["evaluate"].gpu_hours - middle["encode"].gpu_hours
     return {
         "is_in": _IS_IN,
         "is_in_hours": parts(ten) * _IS_IN / 3600,
@@ -189,15 +209,18 @@ def _bottlenecks(
         "uncut_gpu": _hours(uncut.gpu_hours),
         "cut_bytes": _bytes(cut.passing),
         "uncut_bytes": _bytes(uncut.passing),
-        "parts_100": parts(hundred),
+        "parts_100": uncapped,
+        "most": MOST_BUCKETS,
+        "capped": MOST_BUCKETS * hardware.answer / 3600 / AT_ONCE,
         "one_by_one": one_by_one,
         "at_once": AT_ONCE,
         "sixteen": one_by_one / AT_ONCE,
         "score_waits": _hours(middle["score"].waiting_hours),
         "ingest_100": _hours(middle["ingest"].hours),
         "ingest_1000": _hours(largest["ingest"].hours),
-        "again_gpu": _hours(searched),
-        "evaluate_gpu": _hours(middle["evaluate"].gpu_hours),
+        "again_gpu": _hours(middle["retrieve"].gpu_hours),
+        "encode_gpu": _hours(middle["encode"].gpu_hours),
+        "reported_gpu": _hours(reported),
         "copies": _bytes(largest["retrieve"].node_disk),
         "llm_gpu": _hours(middle["generate"].gpu_hours),
         "prompt": rates["prompt_characters"] / 4,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retrieval_ray.artifacts import AT_ONCE, bucket_count
 from retrieval_ray.stages import index
@@ -31,6 +31,7 @@ class Case:
     lists: int = 1_000_000  # that the teacher agrees with
     list_size: int = 20
     epochs: int = 3
+    reported: int = 10_000  # judged queries, which the adapted student is asked again
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def of_all(passages: int, case: Case, hardware: Hardware, rates: Mapping[str, fl
 
 
 def parts(passages: int) -> int:
-    """Files of the corpus, of its vectors, and of each teacher's scores: some 512 passages each."""
+    """Files of the corpus, of its vectors, and of each teacher's scores."""
     return bucket_count(passages)
 
 
@@ -92,7 +93,7 @@ def shards_of(passages: int, blocks: int) -> int:
     """How many shards that many blocks of queries search."""
     size = max(index._SHARD_PARTS, -(-parts(passages) // index._MOST_SHARDS))
     cut = [range(at, min(at + size, parts(passages))) for at in range(0, parts(passages), size)]
-    return len(index.joined(cut, blocks))
+    return len(index.joined(cut, passages, blocks))
 
 
 def ingest(passages: int, case: Case, hardware: Hardware, rates: Mapping[str, float]) -> Cost:
@@ -217,7 +218,8 @@ def train(passages: int, case: Case, hardware: Hardware, rates: Mapping[str, flo
 
 
 def evaluate(passages: int, case: Case, hardware: Hardware, rates: Mapping[str, float]) -> Cost:
-    """Encoding and search once more, with the adapted student."""
+    """Encoding and search once more, with the adapted student; it is asked what is reported alone."""
+    case = replace(case, queries=case.reported)
     once, again = (stage(passages, case, hardware, rates) for stage in (encode, retrieve))
     return Cost(
         "evaluate", once.hours + again.hours, gpu_hours=once.gpu_hours + again.gpu_hours,

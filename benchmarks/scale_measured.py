@@ -61,10 +61,10 @@ def measured(folder: str, *, passages: int, queries: int, text_bytes: int, depth
     found["run_bytes"] = _size(ranked.retrieved, "run-") / (2 * queries * depth)  # dense and fused
 
     run.config.teacher.depth = 20
-    pairs = each("pool_us", queries * 20, lambda: pool.run(run, ranked, 20))
+    pairs = each("pool_us", queries * 20, lambda: pool.run(run, pool.Heads(ranked, 20, 20, None)))
     found["pair_bytes"] = _size(pairs, "pairs-") / (queries * 20)
     start = time.process_time()
-    pool._write_index(corpus, stage(run.store, "index-alone", {}))
+    pool._write_index(corpus, stage(run.store, "index-alone", {}), int(corpus.manifest()["buckets"]))
     found["index_us"] = 1e6 * (time.process_time() - start) / passages
     found["index_bytes"] = _size(pairs, "index") / passages
 
@@ -119,7 +119,7 @@ def _random_vectors(run: Context, role: str, texts: Stage, prefix: str) -> Stage
 def _random_scores(run: Context, ranked: Any, pairs: Stage) -> Stage:
     target, rng = stage(run.store, "score-made", {}), np.random.default_rng(3)
     names = []
-    for number in range(int(ranked.corpus.manifest()["buckets"])):
+    for number in range(int(pairs.manifest()["buckets"])):
         own = pool.read(pairs, ranked.corpus, number)
         values = rng.standard_normal(len(own.query_ids)).tolist()
         rows = list(zip(own.query_ids, own.passage_ids, values, strict=True))

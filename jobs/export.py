@@ -40,11 +40,11 @@ def write(
         print(plan.describe(context, pipeline, "groups", foresee.adapting))
         return None
     plan.begin(context)
-    corpora = context.config.corpora()
-    for dataset in corpora:
-        grouped = lists(context, dataset)
-        place = folder if len(corpora) == 1 else folder / grouped.name
-        export.run(grouped, format, place, drop=false_negatives == "drop")
+    made = [lists(context, dataset) for dataset in context.config.corpora()]
+    with export.writing(folder):
+        for grouped in made:
+            place = folder if len(made) == 1 else folder / grouped.name
+            export.run(grouped, format, place, drop=false_negatives == "drop")
     return folder.url
 
 

@@ -62,11 +62,10 @@ def generate(
     )  # fmt: skip
 
 
-def queries(rows: int, *, at_most: bool, rate: Rate = QUERIES) -> Work:
+def queries(rows: int, *, at_most: bool, rate: Rate = QUERIES, note: str = "") -> Work:
     """Training and judged queries; at most, because queries are dropped for what they say."""
-    return Work(
-        "queries", "queries", "queries", rows, at_most, seconds=rate.of(rows), stored=rows * QUERY_BYTES
-    )
+    stored = rows * QUERY_BYTES
+    return Work("queries", f"queries{note}", "queries", rows, at_most, seconds=rate.of(rows), stored=stored)
 
 
 def encode(

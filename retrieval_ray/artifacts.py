@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 Facts = dict[str, Any]
 _OBJECT_STORES = ("s3", "gcs", "abfs")
 AT_ONCE = 16  # files that are read together where many are read
+MOST_BUCKETS = 65_536  # each a file, and an object store takes its time to answer for each
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -44,9 +45,12 @@ def bucket_of(key: str, buckets: int) -> int:
 
 
 def bucket_count(rows: int, rows_per_bucket: int = 512) -> int:
-    """How many buckets a table is cut into: the power of two that gives about that many rows."""
+    """How many buckets a table is cut into: the power of two that gives about that many rows.
+
+    Never more than ``MOST_BUCKETS``, over which they hold more rows instead.
+    """
     count = 1
-    while count * rows_per_bucket < rows:
+    while count * rows_per_bucket < rows and count < MOST_BUCKETS:
         count *= 2
     return count
 

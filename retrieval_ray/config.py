@@ -234,15 +234,15 @@ class RerankerConfig:
     base: str = "all-MiniLM-L6-v2"  # where it starts: an encoder's folder or hub id
     split: str = "train"  # of each dataset: judged queries to learn from; those of its ``split`` are left out
     max_queries: int | None = None  # of each dataset, the first by hash
-    negatives: int = 4  # mined for each positive, from the fused run
+    negatives: int = 4  # for each positive: judged as none, or mined from the fused run
     skip: int = 3  # first ranks of the run that no negative is taken from: unjudged answers hide there
     pool: int = 50  # ranks of the run that negatives come from, and that are reranked to measure
     dev_queries: int = 100  # of each dataset, held out to measure
     epochs: int = 1
-    batch_pairs: int = 32
-    learning_rate: float = 3e-5
+    batch_lists: int = 6  # of a relevant passage and its negatives
+    learning_rate: float = 2e-4  # for MiniLM; a larger base wants less
     warmup_share: float = 0.1
-    max_tokens: int = 256  # of a pair
+    max_tokens: int = 160  # of a pair
     checkpoint_minutes: float = 10.0
 
 

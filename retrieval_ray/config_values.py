@@ -52,7 +52,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {  # of numbers; null stays 
     "teacher": {"max_tokens": (1, _MANY)},
     "reranker": {
         "max_queries": (1, _MANY), "negatives": (1, _MANY), "skip": (0, _MANY), "pool": (1, _MANY),
-        "dev_queries": (0, _MANY), "epochs": (1, _MANY), "batch_pairs": (1, _MANY),
+        "dev_queries": (0, _MANY), "epochs": (1, _MANY), "batch_lists": (1, _MANY),
         "learning_rate": (_TINY, 1), "warmup_share": (0, 0.99), "max_tokens": (8, _MANY),
         "checkpoint_minutes": (0, _MANY),
     },

@@ -58,6 +58,7 @@ class Node:
     object_store_folder: str = "/dev/shm"
     spill_folder: str = ""
     spill_free: float = 0.0
+    spill_error: str = ""  # why nothing can be written there
     fetched: float | None = None  # MiB/s, an object from another node; None: there is no other
 
 
@@ -245,7 +246,11 @@ def _machine(node: Node, request: Request) -> list[Problem]:
         what = f"an object store of {node.object_store / GIB:.1f} GiB"
         advice = "Start it with a larger --object-store-memory, and /dev/shm to hold it"
         found.append(Problem(node.name, what, advice, stops=False))
-    if node.spill_free < LEAST_SPILL:
+    if node.spill_error:
+        what = f"nothing can be written where objects are spilled ({node.spill_folder}): {node.spill_error}"
+        advice = "Give Ray's user the right to write there, or name another --object-spilling-directory"
+        found.append(Problem(node.name, what, advice))
+    elif node.spill_free < LEAST_SPILL:
         what = f"{node.spill_free / GIB:.1f} GiB free where objects are spilled ({node.spill_folder})"
         advice = "Start Ray with --object-spilling-directory on a larger disk"
         found.append(Problem(node.name, what, advice, stops=False))

@@ -85,22 +85,23 @@ def query_rejects(
     queries: (id, text) in order of preference; taken: texts of judged queries, which a log must
     not hold. Texts are compared folded (case, accents and punctuation apart), digits kept.
     """
-    seen = {_fold(text): "a judged query" for text in taken}
+    seen = {folded(text): "a judged query" for text in taken}
     rejects: list[Reject] = []
     for key, text in queries:
-        folded = _fold(text)
-        if not folded:
+        plain = folded(text)
+        if not plain:
             rejects.append((key, "empty", ""))
         elif len(text.split()) > max_words:
             rejects.append((key, "too_long", f"{len(text.split())} words, at most {max_words}"))
-        elif folded in seen:
-            rejects.append((key, "duplicate", f"{text} (also {seen[folded]})"))
+        elif plain in seen:
+            rejects.append((key, "duplicate", f"{text} (also {seen[plain]})"))
         else:
-            seen[folded] = key
+            seen[plain] = key
     return rejects
 
 
-def _fold(text: str) -> str:
+def folded(text: str) -> str:
+    """What a text is compared by: without case, accents and punctuation."""
     text = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
     text = regex.sub(r"(?<=[\p{Latin}\p{Greek}\p{Cyrillic}])\p{Mn}+", "", text)
     return " ".join(regex.findall(r"[\p{L}\p{N}\p{M}]+", unicodedata.normalize("NFKC", text).lower()))

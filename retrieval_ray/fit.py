@@ -201,7 +201,7 @@ def fit(
             )
             norm = _clip(parameters, settings.clip_norm)
             if not math.isfinite(norm):
-                raise NotFinite("gradient of a batch", lists.query_ids)
+                raise NotFinite("gradient", lists.query_ids, known=False)
             optimiser.step()
         except NotFinite as error:
             row = {"step": progress.step, "corpus": corpora[which].name, "what": error.what}
@@ -282,7 +282,7 @@ def _stop_if_hopeless(progress: Progress) -> None:
     if in_a_row or len(progress.skipped) >= _SKIPS:
         rows = progress.skipped[-_SKIPS_IN_A_ROW:]
         seen = "; ".join(
-            f"step {row['step']} of '{row['corpus']}': {row['what']}, queries {', '.join(row['queries'])}"
+            f"step {row['step']} of '{row['corpus']}': {row['what']} {', '.join(row['queries'])}"
             for row in rows
         )
         raise TrainingStopped(

@@ -122,6 +122,20 @@ class Scale:
         return np.clip((scores_N - self.low) / span, 0.0, 1.0)
 
 
+def not_retrieved(
+    source_id: str | None, rankings: Mapping[str, Sequence[str]], source_rank: int
+) -> tuple[str, str] | None:
+    """As (reason, detail), where some retriever does not have a query's source in its top ``source_rank``.
+
+    It asks for no score, so such queries are dropped before a teacher reads them
+    [retriever_filtering_step.py:3,35-61]. A log query has no source, and is none.
+    """
+    for retriever, ranking in rankings.items() if source_id is not None else ():
+        if source_id not in ranking[:source_rank]:
+            return "not_retrieved", f"{source_id} not in the top {source_rank} of {retriever}"
+    return None
+
+
 def inconsistency(
     pool: Pool,
     rankings: Mapping[str, Sequence[str]],
@@ -136,13 +150,9 @@ def inconsistency(
     teacher puts it first [retriever_filtering_step.py:3,35-61; filter_by_reranker.py:34]. A log
     query has no source, so only the length of its pool counts, of which a list needs ``fewest``.
     """
+    if problem := not_retrieved(pool.source_id, rankings, source_rank):
+        return problem
     if pool.source_id is not None:
-        for retriever, ranking in rankings.items():
-            if pool.source_id not in ranking[:source_rank]:
-                return (
-                    "not_retrieved",
-                    f"{pool.source_id} not in the top {source_rank} of {retriever}",
-                )
         if pool.source_id not in pool.passage_ids:
             return "not_judged", f"{pool.source_id} is not in the fused pool"
         if require_first and pool.passage_ids[best(pool)] != pool.source_id:

@@ -70,13 +70,17 @@ def train(sample_ND: Vectors, how: Settings) -> bytes:
     return bytes(faiss.serialize_index(index))
 
 
-def fill(trained: bytes, blocks: Iterable[Block]) -> bytes:
-    """The index of these passages: number n is the n-th of all blocks."""
+def fill(trained: bytes, blocks: Iterable[Block], path: str) -> int:
+    """Write the index of these passages to a file: number n is the n-th of all blocks. Returns how many.
+
+    Memory: the index, which is 2 D (``ivf``) or ``pq_bytes`` bytes and 8 for each passage, and one block.
+    """
     faiss.omp_set_num_threads(1)
     index = faiss.deserialize_index(np.frombuffer(trained, dtype=np.uint8))
     for _, vectors_PD in blocks:
         index.add(np.ascontiguousarray(vectors_PD, dtype=np.float32))
-    return bytes(faiss.serialize_index(index))
+    faiss.write_index(index, path)
+    return int(index.ntotal)
 
 
 class Index:

@@ -219,6 +219,18 @@ def weights_sha(folder: str) -> str:
     return state.hexdigest()
 
 
+def adapter_sha(name: str, key: str) -> str:
+    """The hash of an adapter's folder, which is no whole model; the commit of one on a hub.
+
+    Raises ``UserError``, which names the config key, where there is none.
+    """
+    if not Path(name).is_dir():
+        return by_revision(name, key).sha
+    if not (Path(name) / "adapter_config.json").is_file():
+        raise UserError(f"{key}: '{name}' holds no adapter_config.json, so it is no adapter of peft's")
+    return weights_sha(name)
+
+
 def _is_bundled(name: str) -> bool:
     return name in (BUNDLED, f"sentence-transformers/{BUNDLED}")
 

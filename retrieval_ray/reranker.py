@@ -1,6 +1,8 @@
 """Training a cross-encoder, for places without a model hub: judged pairs, mined negatives, resumable.
 
-The loss is binary cross-entropy over single pairs, and the trainer sentence-transformers' own.
+The trainer is sentence-transformers' own; the loss is ListNet over lists of one relevant passage and its
+negatives. Binary cross-entropy over single pairs does not do: from a sentence encoder it learns the share of
+relevant pairs, and for thousands of pairs nothing else.
 """
 
 import json
@@ -16,21 +18,23 @@ from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import resolve_model
 from retrieval_ray.runs import top_k
 
+_CERTAIN = 10.0  # the label of a relevant passage, of which ListNet takes the softmax; the others have 0
+
 
 @dataclass(frozen=True)
-class Pair:
-    """A query, a passage, and whether the passage answers it."""
+class Lesson:
+    """A query, a passage that answers it, and some that do not."""
 
     query_id: str
-    passage_id: str
-    label: int
+    relevant_id: str
+    negative_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Settings:
     base: Any  # what model_files.resolve_model takes
     epochs: int
-    batch_pairs: int
+    batch_lists: int
     learning_rate: float
     warmup_share: float
     max_tokens: int
@@ -41,7 +45,7 @@ class Settings:
     trust_remote_code: bool
 
 
-def pairs(
+def lessons(
     qrels: Mapping[str, Mapping[str, int]],
     rankings: Mapping[str, Sequence[str]],
     *,
@@ -49,33 +53,36 @@ def pairs(
     negatives: int,
     skip: int,
     seed: int,
-) -> list[Pair]:
-    """Every relevant pair, and for each ``negatives`` drawn from its query's ranking.
+) -> list[Lesson]:
+    """One for every relevant passage, with up to ``negatives`` others.
 
-    Judged passages are no negatives, nor are the first ``skip`` of a ranking, where unjudged answers
-    hide. A draw depends on the seed and the query alone. Negatives of one query are all different, so a
-    short ranking gives fewer.
+    These are what was judged as no answer, and for the rest drawn from the query's ranking, without its
+    first ``skip``, where unjudged answers hide. A draw depends on the seed and the query alone. The
+    negatives of one query are all different, so a short ranking gives fewer; without any there is no lesson.
     """
-    found: list[Pair] = []
+    found: list[Lesson] = []
     for query_id in sorted(qrels):
         judged = qrels[query_id]
         relevant = sorted(p for p, grade in judged.items() if grade >= relevance_threshold)
+        wanted = negatives * len(relevant)
+        chance = random.Random(f"{seed} {query_id}")
+        known = sorted(judged.keys() - set(relevant))
+        known = chance.sample(known, min(wanted, len(known)))
         pool = [p for p in rankings.get(query_id, ())[skip:] if p not in judged]
-        wanted = min(negatives * len(relevant), len(pool))
-        drawn = random.Random(f"{seed} {query_id}").sample(pool, wanted)
-        found += [Pair(query_id, p, 1) for p in relevant] + [Pair(query_id, p, 0) for p in drawn]
+        known += chance.sample(pool, min(wanted - len(known), len(pool)))
+        each = [tuple(known[n :: len(relevant)]) for n in range(len(relevant))]
+        found += [Lesson(query_id, p, other) for p, other in zip(relevant, each, strict=True) if other]
     return found
 
 
 def train(
-    texts: Sequence[tuple[str, str]],
-    labels: Sequence[int],
+    lists: Sequence[tuple[str, Sequence[str]]],
     settings: Settings,
     checkpoints: Path,
     *,
     on_step: Callable[[int, int], None] = lambda step, total: None,
 ) -> Any:
-    """Train on (query, passage) pairs; returns the CrossEncoder.
+    """Train on lists of (query, passages), of which the first answers; returns the CrossEncoder.
 
     Goes on from the newest of ``checkpoints``, where there is one, and ends as without the interruption.
     on_step: told of (step, all steps). Raises ``UserError`` where the trainer's libraries are missing.
@@ -88,7 +95,7 @@ def train(
     import torch
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
-    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+    from sentence_transformers.cross_encoder.losses import ListNetLoss
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]  # the trainer takes nothing but a subclass
@@ -109,9 +116,12 @@ def train(
         model_kwargs={"use_safetensors": True, "dtype": torch.float32},
         local_files_only=True,
     )
-    queries, passages = zip(*texts, strict=True)
     dataset = datasets.Dataset.from_dict(
-        {"query": list(queries), "passage": list(passages), "label": [float(label) for label in labels]}
+        {
+            "query": [query for query, _ in lists],
+            "passages": [list(passages) for _, passages in lists],
+            "labels": [[_CERTAIN] + [0.0] * (len(passages) - 1) for _, passages in lists],
+        }
     )
     checkpoints.mkdir(parents=True, exist_ok=True)
     trainer = CrossEncoderTrainer(
@@ -119,7 +129,7 @@ def train(
         args=CrossEncoderTrainingArguments(
             output_dir=str(checkpoints),
             num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_pairs,
+            per_device_train_batch_size=settings.batch_lists,
             learning_rate=settings.learning_rate,
             warmup_steps=settings.warmup_share,
             seed=settings.seed,
@@ -132,7 +142,7 @@ def train(
             disable_tqdm=True,
         ),
         train_dataset=dataset,
-        loss=BinaryCrossEntropyLoss(model),
+        loss=ListNetLoss(model, mini_batch_size=-1),  # the batch at once
         callbacks=[Watch()],
     )
     trainer.train(resume_from_checkpoint=_newest(checkpoints))

@@ -49,11 +49,15 @@ class Lists:
 
 
 class NotFinite(FloatingPointError):
-    """A step's loss or gradient is not finite. query_ids: of the batch's queries, five at most."""
+    """A step's loss or gradient is not finite.
 
-    def __init__(self, what: str, query_ids: Sequence[str]) -> None:
-        self.what, self.query_ids = what, list(query_ids[:5])
-        super().__init__(f"the {what} is not finite; queries {', '.join(self.query_ids)}")
+    query_ids: whose it is, or with ``known=False`` those of the whole batch; five are kept. what: in words.
+    """
+
+    def __init__(self, what: str, query_ids: Sequence[str], *, known: bool = True) -> None:
+        whose = "queries" if known else f"one of {len(query_ids):,} queries, among them"
+        self.what, self.query_ids = f"{what} of {whose}", list(query_ids[:5])
+        super().__init__(f"not finite: the {self.what} {', '.join(self.query_ids)}")
 
 
 class Clock:
@@ -253,13 +257,18 @@ def training_step(
         values["loss"] += balance.weight * balance.value
     clock.lap("loss")
     lengths = [len(row) for row in (*queries, *passages)]
-    if not np.isfinite(values["loss"]):
-        broken_M = ~embeddings_MD.isfinite().all(dim=1).cpu().numpy()
-        broken_B = broken_M[[query_at[query_id] for query_id in lists.query_ids]]
-        broken_B |= broken_M[len(queries) :][unique.index_BK].any(axis=1)
-        broken_B |= ~np.isfinite(lists.teacher_BK).all(axis=1)
-        at_fault = [lists.query_ids[b] for b in np.flatnonzero(broken_B)]
-        raise NotFinite("loss", at_fault) if at_fault else NotFinite("loss of a batch", lists.query_ids)
+    for what, fine, rows_MD in (
+        ("loss", bool(np.isfinite(values["loss"])), embeddings_MD),
+        ("gradient", bool(gradient_MD.isfinite().all()), gradient_MD),
+    ):
+        if not fine:
+            broken_M = ~rows_MD.isfinite().all(dim=1).cpu().numpy()
+            broken_B = broken_M[[query_at[query_id] for query_id in lists.query_ids]]
+            broken_B |= broken_M[len(queries) :][unique.index_BK].any(axis=1)
+            broken_B |= [any(broken_M[query_at[q]] for q in row if q is not None) for row in own]
+            broken_B |= np.isnan(lists.teacher_BK).any(axis=1) | np.isposinf(lists.teacher_BK).any(axis=1)
+            at_fault = [lists.query_ids[b] for b in np.flatnonzero(broken_B)]
+            raise NotFinite(what, at_fault or lists.query_ids, known=bool(at_fault))
     backward(gradient_MD.to(embeddings_MD.dtype))
     return {
         **values,

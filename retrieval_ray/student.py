@@ -173,7 +173,8 @@ class Student:
         tensors = {
             name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
             for name, tensor in [*first.named_parameters(), *first.named_buffers()]
-            if not name.endswith("inv_freq")  # rotary angles need float32
+            # Rotary angles need float32, and tokens go where they go in training
+            if not name.endswith(("inv_freq", "router_EI"))
         }
 
         def forward(features: dict[str, Any]) -> dict[str, Any]:

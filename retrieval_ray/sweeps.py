@@ -221,16 +221,22 @@ def comparable(trials: Iterable[Trial]) -> bool:
     return len({trial.queries for trial in trials if trial.changes}) <= 1
 
 
+def reference_point(space: Space, told: Mapping[str, str]) -> dict[str, str]:
+    """The label of each parameter with labels that others are compared with: as told, else its first."""
+    labelled = {name: parameter for name, parameter in space.items() if isinstance(parameter, Choices)}
+    return {name: told.get(name, next(iter(each.settings))) for name, each in labelled.items()}
+
+
 def effects(space: Space, trials: Sequence[Trial], reference: Mapping[str, str]) -> dict[str, list[Level]]:
     """The main effect of every parameter with labels: what the trials of each level gained on average.
 
     reference: the label of each parameter that others are compared with; else its first.
     """
     found = {}
+    against = reference_point(space, reference)
     for name, parameter in space.items():
         if isinstance(parameter, Choices):
-            first = next(iter(parameter.settings))
-            levels = _levels(name, list(parameter.settings), trials, reference.get(name, first))
+            levels = _levels(name, list(parameter.settings), trials, against[name])
             if levels:
                 found[name] = levels
     return found

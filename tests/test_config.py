@@ -218,7 +218,8 @@ def test_the_recipes_of_clp_are_its_two_forms() -> None:
     paper, laptop = (load(str(ROOT / "configs" / name)) for name in ("clp.yaml", "clp-cpu.yaml"))
     terms = {name: weight for name, weight in vars(paper.train.terms).items() if weight}
     assert terms == {"infonce_list": 0.9, "clp": 0.1} and paper.train.infonce_temperature == 0.02
-    assert (paper.groups.list_size, paper.teacher.depth, paper.train.batch_queries) == (5, 10, 4)
+    assert (paper.groups.list_size, paper.teacher.depth, paper.train.batch_queries) == (10, 10, 4)
+    assert paper.train.list_sample == 5 and paper.groups.min_positive_percentile is None
     assert (paper.train.moe.router, paper.train.moe.train) == ("released", "experts")
     terms = {name: weight for name, weight in vars(laptop.train.terms).items() if weight}
     assert terms == {"kl": 1.0, "infonce": 0.1, "clp": 0.1}

@@ -63,6 +63,10 @@ def test_a_healthy_cluster_has_no_problem() -> None:
             {"models": {"student.model": Found("org/model", sha="d" * 64)}},
             "cluster", "student.model: other files on other nodes", "id@revision",
         ),
+        (
+            {"spill_error": "[Errno 30] Read-only file system"},
+            "n2", "where objects are spilled (/mnt/spill): [Errno 30]", "right to write",
+        ),
         ({"visible_gpus": 0}, "n2", "Ray counts 1 GPU, torch sees 0", "CUDA build"),
         ({"skew": -7.5}, "n2", "-7.5 s", "chrony"),
     ],

@@ -221,7 +221,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
     assert weights[2].isfinite().all()
     assert progress.step == 3 and [row["step"] for row in progress.steps] == [1, 3]
-    found = "loss" if what == "loss" else "gradient of a batch"  # of which none is known to be at fault
+    whose = "queries" if what == "loss" else "one of 4 queries, among them"  # whose gradient, is not known
+    found = f"{what} of {whose}"
     assert progress.skipped == [{"step": 2, "corpus": "tiny", "what": found, "queries": at_fault[2]}]
 
 

@@ -22,10 +22,10 @@ def _ids(count):
 
 
 def _index(tmp_path, vectors, how, cut=700):
-    filled = ivf.fill(ivf.train(vectors, how), [([], vectors[:cut]), ([], vectors[cut:])])
     path = tmp_path / "shard.faiss"
-    path.write_bytes(filled)
-    return ivf.Index(str(path), how.nprobe, threads=1), filled
+    blocks = [([], vectors[:cut]), ([], vectors[cut:])]
+    assert ivf.fill(ivf.train(vectors, how), blocks, str(path)) == len(vectors)
+    return ivf.Index(str(path), how.nprobe, threads=1), path.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ivf.KINDS)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from retrieval_ray import moe
 from retrieval_ray.experts import add_experts
 from retrieval_ray.moe import (
     ROUTERS,
@@ -382,6 +383,25 @@ def test_bfloat16_runs_and_routes_in_float32(make_backbone, texts):
     half.embed(rows, "passage").sum().backward()
     layer = next(iter(moe_layers(half.model).values()))
     assert layer.weight_EOI.grad.dtype == torch.float32
+
+
+def test_a_corpus_is_encoded_with_the_router_of_training(make_backbone, texts, monkeypatch):
+    """Rounded to bfloat16, these two rows are the same, and all tokens would go to the first expert."""
+    student = Student(make_backbone("bert"), precision="bfloat16", device="cpu")
+    add_experts(student.model, Layout(2, 1))
+    routers = []
+    true = moe._Route.apply
+
+    def seen(x, router_EI, shake):
+        routers.append(router_EI.detach().clone())
+        return true(x, router_EI, shake)
+
+    with torch.no_grad():
+        for layer in moe_layers(student.model).values():
+            layer.router_EI[1] = layer.router_EI[0] * (1 + 2**-12)
+    monkeypatch.setattr(moe._Route, "apply", seen)
+    _vectors(student, texts)
+    assert routers and all(not torch.equal(*router_EI) for router_EI in routers)
 
 
 # --- merging, and what cannot be ----------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval_ray.reranker import Pair, Settings, pairs, rerank, train
+from retrieval_ray.reranker import Lesson, Settings, lessons, rerank, train
 
 IDS = [f"p{n}" for n in range(12)]
 
@@ -24,42 +24,44 @@ def test_negatives_are_unjudged_deep_enough_and_all_different(data):
     rankings = {q: data.draw(st.permutations(IDS)) for q in data.draw(st.permutations(sorted(qrels)))[:2]}
     skip, wanted = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 4))
     arguments = {"relevance_threshold": 1, "negatives": wanted, "skip": skip}
-    found = pairs(qrels, rankings, seed=1, **arguments)
-    assert len({(p.query_id, p.passage_id) for p in found}) == len(found)
+    found = lessons(qrels, rankings, seed=1, **arguments)
     for query in qrels:
-        own = [pair for pair in found if pair.query_id == query]
+        own = [lesson for lesson in found if lesson.query_id == query]
         relevant = {p for p, grade in qrels[query].items() if grade >= 1}
-        assert {pair.passage_id for pair in own if pair.label} == relevant
-        deep = [p for p in rankings.get(query, [])[skip:] if p not in qrels[query]]
-        negatives = {pair.passage_id for pair in own if not pair.label}
-        assert negatives <= set(deep) and len(negatives) == min(len(deep), wanted * len(relevant))
-    alone = {q: pairs({q: qrels[q]}, rankings, seed=1, **arguments) for q in qrels}
-    assert found == [pair for q in sorted(qrels) for pair in alone[q]]  # whatever the other queries are
+        known = qrels[query].keys() - relevant
+        deep = {p for p in rankings.get(query, [])[skip:] if p not in qrels[query]}
+        negatives = [p for lesson in own for p in lesson.negative_ids]
+        assert len(set(negatives)) == len(negatives) == min(len(known | deep), wanted * len(relevant))
+        assert set(negatives) <= known | deep
+        assert known <= set(negatives) or set(negatives) <= known  # what was judged goes first
+        assert [lesson.relevant_id for lesson in own] == sorted(relevant)[: len(negatives)]
+        assert all(0 < len(lesson.negative_ids) <= wanted for lesson in own)
+    alone = {q: lessons({q: qrels[q]}, rankings, seed=1, **arguments) for q in qrels}
+    assert found == [lesson for q in sorted(qrels) for lesson in alone[q]]  # whatever the other queries are
 
 
 def test_another_seed_draws_others():
     rankings = {"q": [f"p{n}" for n in range(100)]}
     arguments = {"relevance_threshold": 1, "negatives": 5, "skip": 0}
-    one, other = (pairs({"q": {"p0": 1}}, rankings, seed=seed, **arguments) for seed in (1, 2))
-    assert one[0] == other[0] == Pair("q", "p0", 1) and one != other
+    one, other = (lessons({"q": {"p0": 1}}, rankings, seed=seed, **arguments)[0] for seed in (1, 2))
+    assert one.relevant_id == other.relevant_id == "p0" and one.negative_ids != other.negative_ids
+    assert isinstance(one, Lesson) and len(one.negative_ids) == 5
 
 
 @pytest.fixture(scope="module")
 def settings(bert_folder: str) -> Settings:
     return Settings(
-        base=bert_folder, epochs=6, batch_pairs=16, learning_rate=2e-3, warmup_share=0.1, max_tokens=32,
+        base=bert_folder, epochs=6, batch_lists=8, learning_rate=2e-3, warmup_share=0.1, max_tokens=32,
         checkpoint_seconds=1e9, seed=3, bfloat16=False, device="cpu", trust_remote_code=False,
     )  # fmt: skip
 
 
-def _lessons(words: list[str]) -> tuple[list[tuple[str, str]], list[int]]:
+def _lists(words: list[str]) -> list[tuple[str, list[str]]]:
     """A passage answers any query if it begins with one certain word."""
-    labels = [n % 2 for n in range(160)]
-    texts = [
-        (words[n % 8], f"{words[99 if label else n % 16]} {words[20 + n % 40]}")
-        for n, label in enumerate(labels)
+    return [
+        (words[n % 8], [f"{words[first]} {words[20 + n % 40]}" for first in (99, n % 16, (n + 5) % 16)])
+        for n in range(80)
     ]
-    return texts, labels
 
 
 @pytest.mark.slow
@@ -68,9 +70,9 @@ def test_it_learns_is_saved_as_a_teacher_folder_and_a_killed_training_ends_the_s
 ) -> None:
     pytest.importorskip("accelerate")
     pytest.importorskip("datasets")
-    texts, labels = _lessons(words)
+    lists = _lists(words)
     steps: list[int] = []
-    model = train(texts, labels, settings, tmp_path / "one", on_step=lambda step, total: steps.append(step))
+    model = train(lists, settings, tmp_path / "one", on_step=lambda step, total: steps.append(step))
     assert steps == list(range(1, 61))
 
     class Killed(Exception): ...
@@ -81,12 +83,12 @@ def test_it_learns_is_saved_as_a_teacher_folder_and_a_killed_training_ends_the_s
 
     often = replace(settings, checkpoint_seconds=0.0)
     with pytest.raises(Killed):
-        train(texts, labels, often, tmp_path / "two", on_step=until)
+        train(lists, often, tmp_path / "two", on_step=until)
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["checkpoint-24"]
     (tmp_path / "two" / "checkpoint-25").mkdir()  # killed while it was being written
     (tmp_path / "two" / "checkpoint-25" / "model.safetensors").write_text("half of")
     again: list[int] = []
-    resumed = train(texts, labels, settings, tmp_path / "two", on_step=lambda step, total: again.append(step))
+    resumed = train(lists, settings, tmp_path / "two", on_step=lambda step, total: again.append(step))
     assert again == list(range(25, 61))
     for (name, one), (_, other) in zip(model.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-5), name
@@ -99,4 +101,5 @@ def test_it_learns_is_saved_as_a_teacher_folder_and_a_killed_training_ends_the_s
 
     loaded = CrossEncoder(str(tmp_path / "saved"), device="cpu")
     assert loaded.num_labels == 1
-    assert loaded.predict(texts[:9]) == pytest.approx(model.predict(texts[:9]), abs=1e-6)
+    pairs = [(query, passage) for query, passages in lists[:3] for passage in passages]
+    assert loaded.predict(pairs) == pytest.approx(model.predict(pairs), abs=1e-6)

@@ -458,6 +458,31 @@ def test_a_loss_that_is_not_finite_names_the_queries(student_folder):
     assert all(gradient is None for gradient in _gradients(student).values())
 
 
+@pytest.mark.parametrize("where", ["query", "passage", "own"])
+def test_a_gradient_that_is_not_finite_names_the_queries(student_folder, monkeypatch, where):
+    """A query's own, those with a passage in their list, and those of whose negatives it is the query."""
+    from retrieval_ray import step as module
+
+    batch = replace(_batch(6), negative_query_ids=[["q7", None, None], *[[None] * 3] * 5])
+    unique = sorted({p for row in batch.passage_ids for p in row})
+    true = module.loss_and_gradient
+
+    def broken(objective, embeddings, held):
+        values, gradient_MD = true(objective, embeddings, held)
+        at = {"query": 4, "own": 6, "passage": 7 + int(held.index_BK[1, 2])}[where]  # 6 queries, and q7
+        gradient_MD[at] = torch.nan
+        return values, gradient_MD
+
+    monkeypatch.setattr(module, "loss_and_gradient", broken)
+    passage = batch.passage_ids[1][2]
+    expected = {"query": ["q4"], "own": ["q0"]}.get(
+        where, [q for q, row in zip(batch.query_ids, batch.passage_ids, strict=True) if passage in row][:5]
+    )
+    with pytest.raises(module.NotFinite, match="the gradient of queries") as error:
+        _step(_student(student_folder), batch, 100_000)
+    assert error.value.query_ids == expected and len(unique) == 9
+
+
 def _rank(rank, folder, rendezvous, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)

@@ -279,7 +279,8 @@ def test_the_replications_summary_is_computed_from_what_each_collection_found() 
 
         rows = [
             {"point": {"variant": name}, "seeds": 1, "teacher": figures(teacher), "returned": figures(ndcg),
-             "candidate": figures(ndcg - 0.01)}
+             "candidate": {**figures(ndcg - 0.01), "p_holm": 0.25},
+             "against_reference": {"delta": 0.125, "ci95": [0.1, 0.2], "p": 0.02, "p_holm": 0.04}}
             for name, ndcg in (("default", default), ("kl", kl))
         ]  # fmt: skip
         return {"base": {"ndcg@10": base}, "queries": 10, "settings": rows}
@@ -290,7 +291,10 @@ def test_the_replications_summary_is_computed_from_what_each_collection_found() 
     assert found["share_of_lead_by_collection"] == {"a": pytest.approx(0.5)}
     assert found["collections"]["a"]["default"]["ndcg@10"] == 0.5  # what is returned
     assert found["collections"]["a"]["kl"]["ndcg@10"] == pytest.approx(0.54)  # the trained model itself
-    assert module.table(found).count("\n| ") == 3
+    lines = module.table(found).splitlines()
+    assert len([line for line in lines if line.startswith("| a |")]) == 2
+    assert "p 0.25)" in next(line for line in lines if line.startswith("| a |"))
+    assert "| a | +0.1250 (+0.1000 to +0.2000, p 0.04) |" in lines
 
 
 def test_the_table_of_teachers_has_each_as_judge_and_the_student_that_it_trained() -> None:

@@ -62,6 +62,7 @@ def models_of(config: Config) -> dict[str, tuple[str, bool]]:
             named[f"{key} ({name})" if several else key] = (member.model, True)
     if config.llm.model and config.llm.engine == "vllm":
         named["llm.model"] = (config.llm.model, True)
+        named |= {"llm.lora": (config.llm.lora, True)} if config.llm.lora else {}
     return named
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow.compute as pc
@@ -26,10 +27,11 @@ from retrieval_ray.stages.queries import queries_table
 
 LISTS_PER_FILE = 10_000
 FALSE_NEGATIVES = ("keep", "drop")
+_UNFINISHED = "unfinished"  # stands beside files of an export that has not ended
 
 
 def target(form: str, out: str, false_negatives: str) -> Location:
-    """Check the job's own keys; returns the folder to write into, which must be empty or new."""
+    """Check the job's own keys; returns the folder to write into: new, empty, or of a killed export."""
     if form not in FORMATS:
         raise UserError(f"format: '{form}' is not one of {', '.join(FORMATS)}")
     if false_negatives not in FALSE_NEGATIVES:
@@ -37,9 +39,17 @@ def target(form: str, out: str, false_negatives: str) -> Location:
     if not out:
         raise UserError("out: name the folder to write to, like out=exported")
     folder = Location.of(out)
-    if folder.names():
+    if folder.names() and _UNFINISHED not in folder.names():
         raise UserError(f"out: '{out}' is not empty; name another folder, or delete it")
     return folder
+
+
+@contextmanager
+def writing(folder: Location) -> Iterator[None]:
+    """What is written meanwhile counts as unfinished until all is there; ``target`` takes such a folder."""
+    (folder / _UNFINISHED).write(b"")
+    yield
+    (folder / _UNFINISHED).remove()
 
 
 def run(grouped: Grouped, form: str, folder: Location, *, drop: bool) -> None:

@@ -107,7 +107,7 @@ def judging(context: Context, until: str | None) -> Foreseen:
         works.append(Work("pairs", "pairs", "pairs", count, stored=count * size))
     each = 1 if not pairs else max(1, round(len(pairs) / len({pair.query for pair in pairs})))
     for judge in judges:
-        queries = count // each
+        queries = -(-count // each)
         works.append(scoring(context, judge, queries, count, each, rates, at_most=True, extra=0.0))
     return Foreseen([*works, *kept(context, works)], rates.source, [])
 

@@ -10,14 +10,13 @@ in the queries stage, so another rule for dropping them costs no call.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Stage, digest, each, part_name, stage
 from retrieval_ray.config import LlmConfig
 from retrieval_ray.errors import UserError
-from retrieval_ray.model_files import Model, by_revision, weights_sha
+from retrieval_ray.model_files import Model, adapter_sha, by_revision
 from retrieval_ray.progress import say
 from retrieval_ray.prompts import KINDS, PROMPT_VERSION, Wanted, read_pool
 from retrieval_ray.sampling import sample
@@ -164,7 +163,7 @@ def generator(config: LlmConfig, model: Model) -> dict[str, Any]:
     engine: dict[str, Any] = {}
     if config.engine == "vllm":
         engine = {key: value for key, value in sorted(config.vllm.items()) if key not in _EXECUTION}
-        engine["lora"] = _adapter(config.lora) if config.lora else None
+        engine["lora"] = adapter_sha(config.lora, "llm.lora") if config.lora else None
     else:
         engine = {"body": dict(config.body)}
     return {
@@ -177,15 +176,6 @@ def generator(config: LlmConfig, model: Model) -> dict[str, Any]:
         "chat_template": dict(config.chat_template),
         **engine,
     }
-
-
-def _adapter(name: str) -> str:
-    """The hash of an adapter's folder, which is no whole model; the commit of one on a hub."""
-    if not Path(name).is_dir():
-        return by_revision(name, "llm.lora").sha
-    if not (Path(name) / "adapter_config.json").is_file():
-        raise UserError(f"llm.lora: '{name}' holds no adapter_config.json, so it is no adapter of peft's")
-    return weights_sha(name)
 
 
 def _sampled(context: Context, corpus: Stage) -> list[Block]:

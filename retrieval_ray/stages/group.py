@@ -191,7 +191,11 @@ def _surveyed(
     scores: dict[str, array[float]] = defaultdict(lambda: array("d"))
     for each in pooled:
         if each.pool is None:
-            empty.append((each.query_id, "nothing_retrieved", ""))
+            problem = groups.not_retrieved(each.source_id, each.rankings, config.source_rank)
+            if problem:
+                inconsistent.append((each.query_id, *problem))
+            else:
+                empty.append((each.query_id, "nothing_retrieved", ""))
             continue
         readings.append(trust.read(each.pool, each.rankings))
         if config.kinds is not None and each.pool.kind not in config.kinds:

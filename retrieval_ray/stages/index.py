@@ -20,8 +20,11 @@ from retrieval_ray.stages.parts import run_parts
 VERSION = 1
 TRAINED = "trained.faiss"
 _SHARD_PARTS, _MOST_SHARDS = 256, 64
+_PIECE = 2**26  # bytes of a file that are copied at a time
 _UNITS = 1024  # of search, that are enough to share out
-_TOGETHER = 16_384  # parts that are searched as one at most: 13 GB of 768 dimensions, which memory can cache
+_TOGETHER = (
+    2**23
+)  # passages that are searched as one at most: 13 GB of 768 dimensions, which memory can cache
 
 
 def shards_of(passages: Stage) -> list[range]:
@@ -34,13 +37,14 @@ def shards_of(passages: Stage) -> list[range]:
     return [range(start, min(start + size, buckets)) for start in range(0, buckets, size)]
 
 
-def joined(shards: list[range], blocks: int) -> list[range]:
+def joined(shards: list[range], passages: int, blocks: int) -> list[range]:
     """Neighbouring shards as one, where there are so many blocks of queries that work is enough all the same.
 
+    passages: in all shards together.
     Each shard has a ranking of every query written, read and merged: with millions of queries that costs
     more than the search itself. It depends on corpus and queries alone, as the shards do.
     """
-    few = max(1, min(len(shards) * blocks // _UNITS, _TOGETHER // len(shards[0])))
+    few = max(1, min(len(shards) * blocks // _UNITS, len(shards) * _TOGETHER // max(1, passages)))
     groups = [shards[at : at + few] for at in range(0, len(shards), few)]
     return [range(group[0].start, group[-1].stop) for group in groups]
 
@@ -100,10 +104,16 @@ class _Indexer:
         if int(part["shard"]) < 0:
             (self.target.folder / TRAINED).write(ivf.train(self._sample(), self.how))
             return {"rows": 0}
-        vectors = Vectors(self.passages, part["parts"])
-        filled = ivf.fill((self.target.folder / TRAINED).read(), vectors.blocks())
-        (self.target.folder / shard_name(int(part["shard"]))).write(filled)
-        return {"rows": len(vectors.ids)}
+        trained, blocks = (
+            (self.target.folder / TRAINED).read(),
+            Vectors(self.passages, part["parts"]).blocks(),
+        )
+        with self.target.scratch() as folder:
+            rows = ivf.fill(trained, blocks, f"{folder}/index")
+            with open(f"{folder}/index", "rb") as file:
+                pieces = iter(lambda: file.read(_PIECE), b"")
+                (self.target.folder / shard_name(int(part["shard"]))).write_pieces(pieces)
+        return {"rows": rows}
 
     def _sample(self) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
         """The first parts that hold enough: a hash has dealt the passages to them, so they are random."""

@@ -30,6 +30,7 @@ class Pooled:
     """A training query with its pool, None where there is none, and each retriever's own ranking."""
 
     query_id: str
+    source_id: str | None
     pool: groups.Pool | None
     rankings: dict[str, list[str]]
 
@@ -66,7 +67,8 @@ def training_pools(
                 combined = groups.combine(held.teachers, weights)
                 pool = groups.Pool(query_id, row["kind"], row["passage_id"], held.passage_ids, combined)
                 pool = groups.with_similarities(pool, rankings["dense"]) if by_similarity else pool
-            yield Pooled(query_id, pool, {r: [p for p, _ in ranking] for r, ranking in rankings.items()})
+            ranked = {r: [p for p, _ in ranking] for r, ranking in rankings.items()}
+            yield Pooled(query_id, row["passage_id"], pool, ranked)
 
 
 def pools_by_part(

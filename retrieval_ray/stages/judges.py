@@ -14,6 +14,8 @@ from retrieval_ray.stages.encode import student_arguments, student_identity
 from retrieval_ray.student import TOKEN_VECTORS
 from retrieval_ray.teachers import listwise, seq2seq, yes_no
 
+# Of what each kind makes of two texts; a higher one, and nothing that was kept is taken for it.
+_SCORES = {"cross_encoder": 1, "seq2seq": 1, "yes_no": 1}
 _VLLM_EXECUTION = {  # engine arguments that change no score
     "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching",
     "enforce_eager", "disable_log_stats", "swap_space",
@@ -102,18 +104,21 @@ def teacher_id(context: Context, judge: Judge, corpus: Stage | None) -> TeacherI
         versions = [listwise.PROMPT_VERSION, listwise.ORDERS_VERSION]
         order = [*versions, config.window, config.stride, _body(context, judge)]
         return TeacherId("listwise-ranks", str(config.model), digest(order)[:12])
-    numbers = "-".join(map(str, profile.numeric().values()))
     if judge.kind in MODELS:
         assert judge.model is not None
         asked = _asked(config) | (_engine(config) if config.engine == "vllm" else {})
-        settings = [str(config.max_tokens), profile.precision, *([digest(asked)[:12]] if asked else [])]
+        settings = [str(config.max_tokens), profile.precision, f"v{_SCORES[judge.kind]}"]
+        settings += [digest(asked)[:12]] if asked else []
         return TeacherId(judge.kind, _short(judge.model), "-".join(settings))
     if judge.model is not None:
-        return TeacherId("late", _short(judge.model), f"{numbers}-{config.max_tokens}-v{TOKEN_VECTORS}")
+        settings = [profile.precision, str(config.max_tokens), f"v{TOKEN_VECTORS}"]
+        return TeacherId("late", _short(judge.model), "-".join(settings))
     student = student_identity(context)
     settings = [f"{key}={student[key]!r}" for key in sorted(student) if key != "sha"]
     version = f"-v{TOKEN_VECTORS}" if judge.kind == "late" else ""
-    return TeacherId(judge.kind, context.student.sha[:16], f"{numbers}-{'-'.join(settings)}{version}")
+    return TeacherId(
+        judge.kind, context.student.sha[:16], f"{profile.precision}-{'-'.join(settings)}{version}"
+    )
 
 
 def _asked(config: MemberConfig) -> dict[str, Any]:

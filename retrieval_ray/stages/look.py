@@ -18,7 +18,7 @@ import retrieval_ray
 from retrieval_ray.artifacts import Location
 from retrieval_ray.doctor import Found, Place, source_sha
 from retrieval_ray.errors import UserError
-from retrieval_ray.model_files import by_revision, hub_id, resolve_model, weights_sha
+from retrieval_ray.model_files import adapter_sha, by_revision, hub_id, resolve_model, weights_sha
 
 SOURCE = Path(retrieval_ray.__file__).parent
 _PACKAGES = (
@@ -52,6 +52,7 @@ def look(
         "object_store_folder": store,
         "spill_folder": spill,
         "spill_free": float(shutil.disk_usage(spill).free),
+        "spill_error": _write_error(spill),
     }
 
 
@@ -78,6 +79,17 @@ def _folders() -> tuple[str, str]:
     told = dict(word.lstrip("-").split("=", 1) for word in words if word.startswith("--") and "=" in word)
     spill = told.get("fallback_directory", tempfile.gettempdir())
     return told.get("plasma_directory", "/dev/shm"), spill if os.path.isdir(spill) else tempfile.gettempdir()
+
+
+def _write_error(folder: str) -> str:
+    """Why a file cannot be written there; empty where it can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+            file.flush()
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def place(url: str, folder: str, name: str, mark: bytes) -> Place:
@@ -107,6 +119,8 @@ def model(name: str, key: str, large: bool) -> Found:
     """Find the model as a worker would; of one that lies here, look into every file of weights."""
     key = key.partition(" ")[0]
     try:
+        if key == "llm.lora":
+            return Found(name, None, adapter_sha(name, key))
         if large and hub_id(name):
             return Found(name, None, by_revision(name, key).sha)
         folder = resolve_model(name, key)

@@ -16,7 +16,7 @@ from retrieval_ray.stages.scores import scores_table
 
 
 class DenseScorer:
-    """The student's cosine of the pairs of one part of the corpus; holds that part's vectors alone."""
+    """The student's cosine of the pairs of one part; holds the vectors of one part of the corpus alone."""
 
     def __init__(self, teacher_id: str, ranked: Ranked, pairs: Stage, target: Stage) -> None:
         self.teacher_id, self.pool, self.target = teacher_id, pairs, target
@@ -26,7 +26,7 @@ class DenseScorer:
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])
         pairs = pool.read(self.pool, self.corpus, number)
-        vectors = self.passages.part(number)
+        vectors = self.passages.part(pool.part_of(self.pool, number))
         row_of = {passage_id: row for row, passage_id in enumerate(vectors.ids)}
         query_D = self.queries.take(pairs.places, "vector")
         by_query: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -47,22 +47,19 @@ class DenseScorer:
 class Bm25Scorer:
     """BM25 scores of the pools of one part of queries; holds the index of the corpus."""
 
-    def __init__(
-        self, teacher_id: str, ranked: Ranked, depth: int, target: Stage, groups: Stage | None
-    ) -> None:
-        self.teacher_id, self.target, self.depth, self.groups = teacher_id, target, depth, groups
-        self.queries, self.retrieved = ranked.queries, ranked.retrieved
-        self.bm25 = bm25_of(ranked.corpus)
+    def __init__(self, teacher_id: str, heads: pool.Heads, target: Stage) -> None:
+        self.teacher_id, self.heads, self.target = teacher_id, heads, target
+        self.bm25 = bm25_of(heads.ranked.corpus)
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])
         passages: dict[str, list[str]] = defaultdict(list)
-        table = pool.of_lists(pool.head(self.retrieved, number, self.depth), self.groups)
+        table = self.heads.part(number)
         columns = (table.column(name).to_pylist() for name in ("query_id", "passage_id"))
         for query_id, passage_id in zip(*columns, strict=True):
             passages[query_id].append(passage_id)
         rows: list[tuple[str, str, float]] = []
-        for query_id, text in zip(*part_texts(self.queries, number, "query"), strict=True):
+        for query_id, text in zip(*part_texts(self.heads.ranked.queries, number, "query"), strict=True):
             own = passages.get(query_id, [])
             rows += [(query_id, p, s) for p, s in zip(own, self.bm25.score(text, own), strict=True)]
         self.target.write(part_name("scores", number, "parquet"), scores_table(self.teacher_id, rows))

@@ -5,13 +5,17 @@ worker writes its part atomically by itself; only counts come back to the driver
 """
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray.data
 import torch
+from ray.experimental import internal_kv
 
-from retrieval_ray.artifacts import Stage
+from retrieval_ray.artifacts import Stage, digest
+from retrieval_ray.errors import UserError
 from retrieval_ray.memory import give_back
 from retrieval_ray.progress import progress
 from retrieval_ray.stages import cluster
@@ -19,6 +23,7 @@ from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.meter import Counted
 
 _FEW = 40  # parts of about 500 rows
+_ATTEMPTS = 5  # at a part; Ray Data would start a worker after the other for one that kills them
 
 
 class PartWorker(Protocol):
@@ -35,6 +40,27 @@ def _facts(worker: PartWorker, part: dict[str, Any], counted: Counted | None) ->
     return json.dumps(facts)
 
 
+@dataclass(frozen=True)
+class Attempts:
+    """How often each part was begun, kept where it outlives a worker: in Ray's own table of keys."""
+
+    label: str
+    run: str  # a name of its own
+    most: int
+
+    def begin(self, part: str) -> None:
+        """Count one. Raises ``UserError`` for a part that was begun too often and never came to an end."""
+        key = f"{self.run}:{digest(part)}"
+        before = int(internal_kv._internal_kv_get(key) or 0)
+        if before == self.most:
+            raise UserError(
+                f"{self.label}: {before} workers died over the same part {part[:200]}. If memory ran out, "
+                "give a worker more or lower compute.token_budget; `ray logs` tells what they died of. What "
+                "is finished is kept, and the same command goes on"
+            )
+        internal_kv._internal_kv_put(key, str(before + 1).encode(), overwrite=True)
+
+
 class _Actor:
     """Adapts a PartWorker to ``map_batches``; parts travel as JSON, so Arrow types cannot drift."""
 
@@ -44,15 +70,20 @@ class _Actor:
         arguments: Mapping[str, Any],
         threads: int,
         counted: Counted | None,
+        attempts: Attempts,
     ) -> None:
-        self._threads, self._counted = threads, counted
+        self._threads, self._counted, self._attempts = threads, counted, attempts
         torch.set_num_threads(threads)
         self._worker = worker(**arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         # Again: OpenMP keeps the number per thread, and Ray has set OMP_NUM_THREADS to num_cpus.
         torch.set_num_threads(self._threads)
-        return {"facts": [_facts(self._worker, json.loads(part), self._counted) for part in batch["part"]]}
+        return {"facts": [self._run(part) for part in batch["part"]]}
+
+    def _run(self, part: str) -> str:
+        self._attempts.begin(part)
+        return _facts(self._worker, json.loads(part), self._counted)
 
 
 def small(corpus: Stage) -> bool:
@@ -78,7 +109,7 @@ def run_parts(
     no GPU, so that a few of them are done in this process, sooner than a worker has started; so are all
     where this process is ``alone``, unless apart: a worker must have a process of its own. counted: what
     parts count as, for Prometheus. Returns what the parts returned, in no fixed order. Raises what a worker
-    raised.
+    raised, and ``UserError`` where one part is the death of every worker.
     """
     if not parts:
         return []
@@ -94,11 +125,12 @@ def run_parts(
     pool = ray.data.ActorPoolStrategy(
         min_size=min(compute.fewest_workers(), most), max_size=most, max_tasks_in_flight_per_actor=2
     )
+    attempts = Attempts(label, uuid.uuid4().hex, _ATTEMPTS)
     dataset = ray.data.from_items(
         [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)
     ).map_batches(
         _Actor,
-        fn_constructor_args=(worker, dict(arguments), context.profile.threads, counted),
+        fn_constructor_args=(worker, dict(arguments), context.profile.threads, counted, attempts),
         batch_size=1,
         compute=pool,
         **(resources if gpus else {**resources, "num_gpus": 0}),

@@ -16,6 +16,7 @@ from retrieval_ray.stages import (
     ingest,
     negatives,
     queries,
+    reported,
     results,
     retrieve,
     score,
@@ -126,6 +127,6 @@ def evaluated(context: Context, grouped: Grouped, rounds: list[Stage]) -> result
         return results.Outcome(grouped, None, evaluate.run(context, grouped, None))
     trained, note = train.candidate(rounds[-1]), " with the adapted model"
     now = context.with_student(trained)
-    adapted = retrieve.run(now, encode.run(now, grouped, note), ["dense"], note)
+    adapted = retrieve.run(now, encode.run(now, reported.run(context, grouped), note), ["dense"], note)
     evaluation = evaluate.run(context, grouped, adapted)
     return results.Outcome(grouped, adapted, evaluation, drift.run(context, grouped, trained, evaluation))

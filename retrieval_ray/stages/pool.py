@@ -1,9 +1,11 @@
 """The pairs to judge, laid out by the part of the corpus in which their passage lies.
 
 The pool of a query is the head of its fused ranking. Rankings lie by query and teachers work by passage,
-so the pairs are turned around once, on disk: files of about a million pairs, each sorted by part of the
-corpus, of which a worker reads the few row groups that hold its own. Memory: one such file, and 12 bytes
-for each passage of the corpus, memory-mapped and so shared by the workers of a machine.
+so the pairs are turned around once, on disk: files of about a million pairs, each sorted by part, of which
+a worker reads the few row groups that hold its own. Parts are those of the corpus, cut finer where so many
+queries are asked of it that one would hold much more than ``PER_PART`` pairs: all of a passage's pairs stay
+together. Memory: one such file, and 12 bytes for each passage of the corpus, memory-mapped and so shared by
+the workers of a machine.
 """
 
 import hashlib
@@ -17,15 +19,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from retrieval_ray.artifacts import Stage, each, part_name, stage
+from retrieval_ray import groups as lists
+from retrieval_ray.artifacts import MOST_BUCKETS, Stage, bucket_of, each, part_name, stage
 from retrieval_ray.stages.collection import Ranked
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.encode import part_texts
 from retrieval_ray.stages.parts import run_parts
 from retrieval_ray.stages.retrieve import FUSED
 
-VERSION = 1
+VERSION = 2
 PAIRS = 1_000_000  # of one file
+PER_PART = 8_192  # about as many at most, on average
 _ROW_GROUP = 8_192
 _INDEX = "index.arrow"
 _SCHEMA = pa.schema(
@@ -41,6 +45,58 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Which pairs are judged: those of the head of each query's fused ranking.
+
+    groups: of queries that have a training list in this stage, and no others. Without it, of all but the
+    written queries that will not be trained on whatever a teacher says, because some retriever does not
+    have their source in its own top ``source_rank``.
+    """
+
+    ranked: Ranked
+    depth: int
+    source_rank: int
+    groups: Stage | None
+
+    def identity(self) -> dict[str, Any]:
+        """What decides which they are, beside the rankings."""
+        chosen = {"groups": self.groups.content()} if self.groups else {"source_rank": self.source_rank}
+        return {"depth": self.depth, **chosen}
+
+    def part(self, number: int) -> pa.Table:
+        """query_id and passage_id, best first, of the queries of part ``number``."""
+        table = self.ranked.retrieved.read(part_name("run", number, "parquet"))
+        fused = pc.equal(table.column("retriever"), FUSED)
+        head = table.filter(pc.and_(fused, pc.less_equal(table.column("rank"), self.depth)))
+        head = head.select(["query_id", "passage_id"])
+        if self.groups is None:
+            dropped = pa.array(self._not_retrieved(number, table), pa.string())
+            return head.filter(pc.invert(pc.is_in(head.column("query_id"), value_set=dropped)))
+        own = self.groups.read("groups.parquet", ["query_id", "split"])
+        trained = own.filter(pc.equal(own.column("split"), "train")).column("query_id")
+        return head.filter(pc.is_in(head.column("query_id"), value_set=trained))
+
+    def _not_retrieved(self, number: int, table: pa.Table) -> list[str]:
+        written = self.ranked.queries.read(part_name("queries", number, "parquet"))
+        written = written.filter(pc.equal(written.column("split"), "train"))
+        columns = (written.column(name).to_pylist() for name in ("query_id", "passage_id"))
+        near = table.filter(pc.less_equal(table.column("rank"), self.source_rank))
+        rows = zip(
+            *(near.column(c).to_pylist() for c in ("retriever", "query_id", "passage_id")), strict=True
+        )
+        rankings: dict[str, dict[str, list[str]]] = {}
+        for retriever, query_id, passage_id in rows:
+            if retriever in self.ranked.retrievers:
+                rankings.setdefault(query_id, {}).setdefault(retriever, []).append(passage_id)
+        none: dict[str, list[str]] = {retriever: [] for retriever in self.ranked.retrievers}
+        return [
+            query_id
+            for query_id, source_id in zip(*columns, strict=True)
+            if lists.not_retrieved(source_id, none | rankings.get(query_id, {}), self.source_rank)
+        ]
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Pairs to judge, in one order: ids, and the texts that a teacher reads."""
 
@@ -53,53 +109,50 @@ class Pairs:
     ]  # of each query: part and row of the queries table; empty where there is none
 
 
-def run(context: Context, ranked: Ranked, depth: int, groups: Stage | None = None) -> Stage:
-    """Lay out the pools of all queries; groups: of those alone that have a training list in this stage."""
+def run(context: Context, heads: Heads) -> Stage:
+    """Lay out these pairs."""
+    ranked, depth = heads.ranked, heads.depth
     identity = {
         "version": VERSION,
         "corpus": ranked.corpus.content(),
         "queries": ranked.queries.content(),
         "retrieved": ranked.retrieved.content(),
-        "depth": depth,
-        **({"groups": groups.content()} if groups else {}),
+        **heads.identity(),
     }
     target = stage(context.store, "pool", identity)
     label = f"pairs of '{ranked.name}'"
     if not context.start(target, label):
         return target
     query_parts = int(ranked.queries.manifest()["buckets"])
-    each = max(1, PAIRS * query_parts // max(1, depth * int(ranked.queries.manifest()["rows"])))
+    most = depth * int(ranked.queries.manifest()["rows"])
+    own = int(ranked.corpus.manifest()["buckets"])
+    parts = _parts(own, most)
+    each = max(1, PAIRS * query_parts // max(1, most))
     files = [list(range(at, min(at + each, query_parts))) for at in range(0, query_parts, each)]
     names = [part_name("pairs", number, "parquet") for number in range(len(files))]
-    arguments: dict[str, Any] = {"ranked": ranked, "depth": depth, "target": target, "groups": groups}
+    arguments: dict[str, Any] = {"heads": heads, "target": target}
     if target.missing([_INDEX]):
-        _write_index(ranked.corpus, target)
+        _write_index(ranked.corpus, target, parts)
     missing = set(target.missing(names))
     todo = [{"number": n, "queries": files[n]} for n, name in enumerate(names) if name in missing]
     run_parts(context, label, _Layer, arguments, todo, gpus=False, light=len(todo) == 1)
     rows = sum(pq.read_metadata(_open(target, name)).num_rows for name in names)
-    context.finish(target, [_INDEX, *names], rows=rows, collection=ranked.name)
+    context.finish(
+        target, [_INDEX, *names], rows=rows, collection=ranked.name, buckets=parts, corpus_buckets=own
+    )
     return target
 
 
-def head(retrieved: Stage, number: int, depth: int) -> pa.Table:
-    """query_id and passage_id of the pools of one part of queries, best first."""
-    table = retrieved.read(part_name("run", number, "parquet"))
-    keep = pc.and_(pc.equal(table.column("retriever"), FUSED), pc.less_equal(table.column("rank"), depth))
-    return table.filter(keep).select(["query_id", "passage_id"])
-
-
-def of_lists(pairs: pa.Table, groups: Stage | None) -> pa.Table:
-    """The pairs of queries that have a training list in this stage; None: all."""
-    if groups is None:
-        return pairs
-    lists = groups.read("groups.parquet", ["query_id", "split"])
-    trained = lists.filter(pc.equal(lists.column("split"), "train")).column("query_id")
-    return pairs.filter(pc.is_in(pairs.column("query_id"), value_set=trained))
+def _parts(corpus_parts: int, pairs: int) -> int:
+    """Those of the corpus, doubled until no more than ``PER_PART`` pairs are to be expected in one."""
+    parts = corpus_parts
+    while parts * PER_PART < pairs and parts < MOST_BUCKETS:
+        parts *= 2
+    return parts
 
 
 def read(pool: Stage, corpus: Stage, number: int) -> Pairs:
-    """The pairs whose passage lies in part ``number`` of the corpus, by passage, then query."""
+    """The pairs of part ``number``, by passage, then query."""
     tables = [
         pq.read_table(
             f"{pool.folder.path}/{name}",
@@ -110,7 +163,7 @@ def read(pool: Stage, corpus: Stage, number: int) -> Pairs:
         if name.startswith("pairs-")
     ]
     table = pa.concat_tables(tables)
-    texts = dict(zip(*part_texts(corpus, number, "passage"), strict=True))
+    texts = dict(zip(*part_texts(corpus, part_of(pool, number), "passage"), strict=True))
     rows = sorted(zip(*(table.column(c).to_pylist() for c in _SCHEMA.names[1:]), strict=True))
     rows = [row for row in rows if row[0] in texts]  # another passage's hash may be the same
     return Pairs(
@@ -122,8 +175,13 @@ def read(pool: Stage, corpus: Stage, number: int) -> Pairs:
     )
 
 
+def part_of(pool: Stage, number: int) -> int:
+    """The part of the corpus in which the passages of a part of the pairs lie."""
+    return number % int(pool.manifest()["corpus_buckets"])
+
+
 def buckets_of(pool: Stage, passage_ids: list[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
-    """(position in passage_ids, part of the corpus) of each passage; two rows where hashes are the same."""
+    """(position in passage_ids, part of the pairs) of each passage; two rows where hashes are the same."""
     table = pool.read(_INDEX)
     hashes, buckets = (table.column(name).to_numpy() for name in ("hash", "bucket"))
     wanted = _hashes(passage_ids)
@@ -136,16 +194,23 @@ def buckets_of(pool: Stage, passage_ids: list[str]) -> tuple[npt.NDArray[np.int6
     return position, buckets[first[position] + within]
 
 
-def _write_index(corpus: Stage, target: Stage) -> None:
-    """The part of the corpus of every passage, by the hash of its id."""
+def _write_index(corpus: Stage, target: Stage, parts: int) -> None:
+    """The part of every passage, by the hash of its id.
 
-    def read(number: int) -> npt.NDArray[np.uint64]:
-        table = corpus.read(part_name("corpus", number, "arrow"), ["passage_id"])
-        return _hashes(table.column("passage_id").to_pylist())
+    That of the corpus itself; where the pairs are cut finer, the bucket of its text among so many: what lies
+    in bucket b of n lies in one of b, b + n, b + 2 n ... of a multiple.
+    """
+    own = int(corpus.manifest()["buckets"])
 
-    found = list(each(read, range(int(corpus.manifest()["buckets"]))))
-    buckets = np.repeat(np.arange(len(found), dtype=np.uint32), [len(hashes) for hashes in found])
-    hashes = np.concatenate(found)
+    def read(number: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        if parts == own:
+            table = corpus.read(part_name("corpus", number, "arrow"), ["passage_id"])
+            ids = table.column("passage_id").to_pylist()
+            return _hashes(ids), np.full(len(ids), number, dtype=np.uint32)
+        ids, texts = part_texts(corpus, number, "passage")
+        return _hashes(ids), np.array([bucket_of(text, parts) for text in texts], dtype=np.uint32)
+
+    hashes, buckets = map(np.concatenate, zip(*each(read, range(own)), strict=True))
     order = np.lexsort((buckets, hashes))
     target.write(_INDEX, pa.table({"hash": hashes[order], "bucket": buckets[order]}))
 
@@ -162,9 +227,8 @@ def _open(target: Stage, name: str) -> Any:
 class _Layer:
     """Writes one file of pairs out of some parts of the rankings."""
 
-    def __init__(self, ranked: Ranked, depth: int, target: Stage, groups: Stage | None) -> None:
-        self.queries, self.retrieved = ranked.queries, ranked.retrieved
-        self.depth, self.target, self.groups = depth, target, groups
+    def __init__(self, heads: Heads, target: Stage) -> None:
+        self.heads, self.target = heads, target
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         table = pa.concat_tables([self._pairs(number) for number in part["queries"]])
@@ -176,8 +240,8 @@ class _Layer:
         return {}
 
     def _pairs(self, number: int) -> pa.Table:
-        table = of_lists(head(self.retrieved, number, self.depth), self.groups)
-        ids, texts = part_texts(self.queries, number, "query")
+        table = self.heads.part(number)
+        ids, texts = part_texts(self.heads.ranked.queries, number, "query")
         rows = pc.index_in(table.column("query_id"), pa.array(ids, pa.string())).combine_chunks()
         position, buckets = buckets_of(self.target, table.column("passage_id").to_pylist())
         columns = {

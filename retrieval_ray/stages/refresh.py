@@ -2,7 +2,9 @@
 
 A refresh encodes and searches the corpus with the student as it was at some step and has the teacher judge
 the pairs that it has not judged yet. The queries, their order, the dev lists and every normalisation of
-scores stay those of the first lists, so that only the passages of the training lists change.
+scores stay those of the first lists, and so do the suspected false negatives: only the passages of the
+training lists change. The positive of a query without a source is the teacher's first, so it may be a better
+one than before.
 """
 
 from collections import Counter
@@ -27,7 +29,7 @@ from retrieval_ray.stages.judges import Judge
 from retrieval_ray.stages.queries import queries_table
 from retrieval_ray.stages.scores import ByQuery
 
-VERSION = 1
+VERSION = 2
 _FACTS = ("rows", "renewed", "new_negatives", "kept", "judged", "from_cache", "seconds")
 
 
@@ -97,7 +99,8 @@ def _mine(
     for row in first_rows:
         made = renewed.get(row["query_id"])
         if isinstance(made, groups.Group):
-            shares.append(len(set(made.passage_ids) - set(row["passage_ids"])) / (len(made.passage_ids) - 1))
+            new = set(made.passage_ids[1:]) - set(row["passage_ids"])
+            shares.append(len(new) / (len(made.passage_ids) - 1))
             row = row_of(first.name, made, "train")
         elif made is not None:
             kept[made[0]] += 1
@@ -156,17 +159,20 @@ def _renewed_lists(
                 pool = groups.Pool(key, row["kind"], sources[key], held.passage_ids, scores_N)
                 if by_similarity:
                     pool = groups.with_similarities(pool, rankings["dense"].get(key, []))
-                yield (
-                    key,
-                    groups.build(
-                        pool,
-                        scales[row["kind"]],
-                        **sizes,
-                        false_negative_ratio=config.false_negative_ratio,
-                        negatives=config.negatives,
-                        margins=margins,
-                    ),
+                made = groups.build(
+                    pool,
+                    scales[row["kind"]],
+                    **sizes,
+                    false_negative_ratio=config.false_negative_ratio,
+                    negatives=config.negatives,
+                    margins=margins,
                 )
+                if isinstance(
+                    made, groups.Group
+                ):  # in no batch is a passage a negative that once was too good
+                    known = {*made.excluded_ids, *row["excluded_ids"]} - {made.passage_ids[0]}
+                    made = replace(made, excluded_ids=sorted(known))
+                yield key, made
 
 
 def with_passage(pool: JudgedPool, passage_id: str, first: JudgedPool) -> JudgedPool:

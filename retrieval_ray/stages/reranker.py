@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from retrieval_ray.stages.ingest import judged_passages, passage_text, some_pass
 from retrieval_ray.stages.queries import qrels_of, queries_table, query_row, write_tables
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 
-VERSION = 1
+VERSION = 2
 _EXECUTION_KEYS = ("checkpoint_minutes",)
 _PAIRS = pa.schema(
     [
-        ("split", pa.string()),  # train: pairs to learn; dev: pools in the order of the fused run
+        ("split", pa.string()),  # train: lists to learn; dev: pools in the order of the fused run
+        ("list", pa.int32()),  # rows of one list follow one another, the relevant passage first
         ("corpus", pa.string()),
         ("query_id", pa.string()),
         ("passage_id", pa.string()),
@@ -148,7 +150,7 @@ def _pairs(context: Context, corpus: Ranked) -> pa.Table:
     }
     by_hash = sorted(qrels, key=lambda key: digest([context.config.seed, key]))
     dev = set(by_hash[: min(config.dev_queries, len(qrels) // 10)])
-    mined = reranker.pairs(
+    mined = reranker.lessons(
         {q: row for q, row in qrels.items() if q not in dev},
         rankings,
         relevance_threshold=corpus.relevance_threshold,
@@ -156,16 +158,20 @@ def _pairs(context: Context, corpus: Ranked) -> pa.Table:
         skip=config.skip,
         seed=context.config.seed,
     )
-    rows = [("train", pair.query_id, pair.passage_id, pair.label) for pair in mined]
-    for q in sorted(dev):
-        rows += [("dev", q, p, qrels[q].get(p, 0)) for p in rankings.get(q, [])]
-    passages = some_passages(corpus.corpus, {p for _, _, p, _ in rows})
+    rows: list[tuple[str, int, str, str, int]] = []
+    for n, lesson in enumerate(mined):
+        ids = (lesson.relevant_id, *lesson.negative_ids)
+        rows += [("train", n, lesson.query_id, p, int(p == lesson.relevant_id)) for p in ids]
+    for n, q in enumerate(sorted(dev), len(mined)):
+        rows += [("dev", n, q, p, qrels[q].get(p, 0)) for p in rankings.get(q, [])]
+    passages = some_passages(corpus.corpus, {p for _, _, _, p, _ in rows})
     table = queries_table(corpus.queries)
     texts = dict(zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True))
-    split, query_ids, passage_ids, relevance = (list(column) for column in zip(*rows, strict=True))
+    split, lists, query_ids, passage_ids, relevance = (list(column) for column in zip(*rows, strict=True))
     return pa.table(
         [
             split,
+            pa.array(lists, pa.int32()),
             [corpus.name] * len(rows),
             query_ids,
             passage_ids,
@@ -183,7 +189,7 @@ def _train(context: Context, target: Stage, base: Model) -> None:
     settings = reranker.Settings(
         base=base.source,
         epochs=config.epochs,
-        batch_pairs=config.batch_pairs,
+        batch_lists=config.batch_lists,
         learning_rate=config.learning_rate,
         warmup_share=config.warmup_share,
         max_tokens=config.max_tokens,
@@ -218,15 +224,17 @@ def _worker(target: Stage, settings: reranker.Settings, threads: int) -> None:
 
     torch.set_num_threads(threads)
     table = target.read("pairs.parquet")
-    train = table.filter(pa.compute.equal(table.column("split"), "train"))
-    columns = (train.column(name).to_pylist() for name in ("query", "passage"))
+    train = table.filter(pa.compute.equal(table.column("split"), "train")).to_pylist()
+    lists = [
+        (rows[0]["query"], [row["passage"] for row in rows])
+        for rows in (list(own) for _, own in groupby(train, key=lambda row: (row["corpus"], row["list"])))
+    ]
     checkpoints = Path(target.folder.path) / "checkpoints"
 
     def on_step(step: int, total: int) -> None:
         (checkpoints / "step.json").write_text(json.dumps([step, total]))
 
-    texts, labels = list(zip(*columns, strict=True)), train.column("relevance").to_pylist()
-    model = reranker.train(texts, labels, settings, checkpoints, on_step=on_step)
+    model = reranker.train(lists, settings, checkpoints, on_step=on_step)
     with tempfile.TemporaryDirectory() as local:
         model.save_pretrained(local)
         Location.of(local).copy_to(target.folder / "model")

@@ -84,7 +84,8 @@ def _retrieve(
     missing = [number for number, name in enumerate(names) if name in absent]
     shards = index.shards_of(encoded.passages)
     if not indexes:  # an index is a file a shard
-        shards = index.joined(shards, -(-buckets // _parts_a_block(context)))
+        passages = int(encoded.passages.manifest()["rows"])
+        shards = index.joined(shards, passages, -(-buckets // _parts_a_block(context)))
     depth = _search_depth(encoded.corpus, config.retrieve.depth)
     checked = _checked(encoded.queries) if indexes else []
     if missing:

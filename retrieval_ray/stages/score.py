@@ -47,37 +47,35 @@ def run(context: Context, ranked: Ranked, judges: list[Judge], groups: Stage | N
 
 def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None) -> Stage:
     label = f"teacher on '{ranked.name}': {judge.name}"
-    depth = context.config.teacher.depth
     teacher = teacher_id(context, judge, ranked.corpus)
+    heads = pool.Heads(ranked, context.config.teacher.depth, context.config.groups.source_rank, groups)
     identity = {
         "version": VERSION,
         "teacher": str(teacher),
         "retrieved": ranked.retrieved.content(),
-        "depth": depth,
-        **({"groups": groups.content()} if groups else {}),
+        **heads.identity(),
         "profile": context.profile.numeric(),
     }
     target = stage(context.store, f"score-{judge.kind}", identity)
     if not context.start(target, label):
         return target
-    laid_out_by = ranked.queries if judge.kind in ("bm25", "listwise") else ranked.corpus
-    parts = int(laid_out_by.manifest()["buckets"])
-    arguments: dict[str, Any] = {"teacher_id": str(teacher), "ranked": ranked, "target": target}
-    light = small(ranked.corpus)
+    arguments: dict[str, Any] = {"teacher_id": str(teacher), "target": target}
+    light, by_query = small(ranked.corpus), int(ranked.queries.manifest()["buckets"])
     if judge.kind == "bm25":
-        arguments |= {"depth": depth, "groups": groups}
+        arguments |= {"heads": heads}
         return score_parts(
-            context, label, Bm25Scorer, arguments, target, teacher, parts, ranked.name, light=light
+            context, label, Bm25Scorer, arguments, target, teacher, by_query, ranked.name, light=light
         )
-    pairs = pool.run(context, ranked, depth, groups)
+    pairs = pool.run(context, heads)
+    parts = int(pairs.manifest()["buckets"])
     if judge.kind == "dense":
-        arguments |= {"pairs": pairs}
+        arguments |= {"ranked": ranked, "pairs": pairs}
         return score_parts(
             context, label, DenseScorer, arguments, target, teacher, parts, ranked.name, light=light
         )
     if judge.kind == "listwise":
-        lists = PooledByQuery(ranked, pairs, depth, groups)
-        return score_with_model(context, label, judge, teacher, lists, target, parts, ranked.name)
+        lists = PooledByQuery(heads, pairs)
+        return score_with_model(context, label, judge, teacher, lists, target, by_query, ranked.name)
     tokens = query_tokens.run(context, judge, ranked) if judge.kind == "late" else None
     source = Pooled(pairs, ranked.corpus)
     return score_with_model(context, label, judge, teacher, source, target, parts, ranked.name, tokens)

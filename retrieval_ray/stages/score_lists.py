@@ -5,6 +5,7 @@ of retrieval; a pool that gains a passage is ordered anew.
 """
 
 import asyncio
+import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,6 @@ from retrieval_ray.endpoint import Endpoint
 from retrieval_ray.filters import Reject
 from retrieval_ray.prompts import Request
 from retrieval_ray.stages import pool
-from retrieval_ray.stages.collection import Ranked
 from retrieval_ray.stages.encode import part_texts
 from retrieval_ray.stages.pool import Pairs
 from retrieval_ray.stages.scores import write_part
@@ -31,21 +31,20 @@ _AT_ONCE = 64  # queries that take their windows together, and are then kept
 class PooledByQuery:
     """The pools of a part of queries, each in the order of retrieval."""
 
-    ranked: Ranked
+    heads: pool.Heads
     pool: Stage
-    depth: int
-    groups: Stage | None = None  # as in pool.run
 
     def read(self, number: int) -> Pairs:
         """Pairs of part ``number`` of the queries. Of the corpus only parts that hold some are opened."""
-        queries = dict(zip(*part_texts(self.ranked.queries, number, "query"), strict=True))
-        table = pool.of_lists(pool.head(self.ranked.retrieved, number, self.depth), self.groups)
+        corpus = self.heads.ranked.corpus
+        queries = dict(zip(*part_texts(self.heads.ranked.queries, number, "query"), strict=True))
+        table = self.heads.part(number)
         query_ids, passage_ids = (table.column(c).to_pylist() for c in ("query_id", "passage_id"))
         wanted = set(passage_ids)
         _, buckets = pool.buckets_of(self.pool, sorted(wanted))
         texts: dict[str, str] = {}
-        for bucket in sorted(set(buckets.tolist())):
-            found = zip(*part_texts(self.ranked.corpus, bucket, "passage"), strict=True)
+        for part in sorted({pool.part_of(self.pool, bucket) for bucket in set(buckets.tolist())}):
+            found = zip(*part_texts(corpus, part, "passage"), strict=True)
             texts.update((key, text) for key, text in found if key in wanted)
         return Pairs(
             query_ids, passage_ids, [queries[q] for q in query_ids], [texts[p] for p in passage_ids], []
@@ -84,7 +83,7 @@ class ListScorer:
             rows_of.setdefault(query_id, []).append(row)
         texts = {q: pairs.queries[rows[0]] for q, rows in rows_of.items()}
         pools = {q: [pairs.passages[row] for row in rows] for q, rows in rows_of.items()}
-        keys = {q: self.cache.key(texts[q], "\0".join(pools[q])) for q in rows_of}
+        keys = {q: self.cache.key(texts[q], json.dumps(pools[q])) for q in rows_of}
         known = self.cache.read(number, self.parts)
         new = list({keys[q]: q for q in rows_of if keys[q] not in known}.values())
         self.endpoint.answered = self.endpoint.answered or bool(known)

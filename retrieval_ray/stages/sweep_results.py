@@ -72,7 +72,8 @@ def write(context: Context, space: Space, trials: list[Trial]) -> Location:
         judged=best.trials[0].measure != "teacher_ndcg@10",
     )
     (output / "sweep.html").write(page.encode())
-    (output / "test.json").write_json(document(chosen, measured, tested))
+    against = sweeps.reference_point(space, config.sweep.reference)
+    (output / "test.json").write_json(document(chosen, measured, tested, against))
     (output / "leaderboard.parquet").write_table(sweeps.leaderboard(space, trials, values))
     _show(settings, tested)
     for line in report_sweep.saved_lines(trials):
@@ -166,10 +167,37 @@ def _tested(settings: list[Setting], measured: Mapping[str, Measured]) -> dict[s
     }
 
 
+def _against(
+    settings: list[Setting], measured: Mapping[str, Measured], reference: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """By a setting's name: its trained models beside those of the reference, of which there may be none."""
+    base = next((s for s in settings if {k: str(v) for k, v in s.point.items()} == reference), None)
+    if base is None:
+        return {}
+    before = _over_seeds(base, measured, "candidate")
+    found = {}
+    for setting in settings:
+        if setting is not base:
+            after = _over_seeds(setting, measured, "candidate")
+            found[setting.name()] = paired_difference(list(before.values()), list(after.values()))
+    adjusted = holm({name: difference.p for name, difference in found.items()})
+    return {
+        name: {"delta": d.mean, "ci95": [d.low, d.high], "p": d.p, "p_holm": adjusted[name]}
+        for name, d in found.items()
+    }
+
+
 def document(
-    settings: list[Setting], measured: Mapping[str, Measured], tested: Mapping[str, OnTest]
+    settings: list[Setting],
+    measured: Mapping[str, Measured],
+    tested: Mapping[str, OnTest],
+    reference: Mapping[str, str],
 ) -> dict[str, Any]:
-    """test.json: each setting's test figures, of its trained model and of what its runs return."""
+    """test.json: each setting's test figures, of its trained model and of what its runs return.
+
+    p_holm: adjusted over the settings. reference: the point beside which each trained model is put too.
+    """
+    beside = _against(settings, measured, reference)
     any_one = next(iter(measured.values())).systems
     found: dict[str, Any] = {
         system: {_METRIC: _mean(any_one[system])} for system in ("base", "bm25") if system in any_one
@@ -184,6 +212,7 @@ def document(
             ndcg, d = _difference(setting, measured, system)
             row[system] = {_METRIC: ndcg, "delta": d.mean, "ci95": [d.low, d.high], "p": d.p}
         row["candidate"]["p_holm"] = tested[setting.name()].difference.p
+        row["against_reference"] = beside.get(setting.name())
         row["seeds_returned"] = tested[setting.name()].returned
         found["settings"].append(row)
     return found

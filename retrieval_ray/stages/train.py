@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from retrieval_ray.amounts import refreshes as count_refreshes
 from retrieval_ray.artifacts import Location, Stage, digest, stage
 from retrieval_ray.batching import epoch_batches
 from retrieval_ray.checkpoints import step_of
@@ -71,6 +72,11 @@ def run(context: Context, corpora: list[Grouped], judges: list[Judge]) -> Stage:
     sizes = [len(part.query_ids) for part in lists]
     per_epoch = len(epoch_batches(sizes, settings.batch_queries, seed=settings.seed, epoch=1))
     total, between = per_epoch * settings.max_epochs, refresh.steps_between(config.train, per_epoch)
+    if between is not None and not count_refreshes(total, between):
+        say(
+            f"  warning: no negatives are mined anew: what is mined at step {between} is used from step "
+            f"{2 * between}, and training has {total}. Lower train.refresh_steps or train.refresh_epochs"
+        )
     begun_at = step_of(target.folder)
     with step_bar(total) as bar, tracking.following(context):
         train = partial(advance, context, settings=settings, folder=target.folder, bar=bar)

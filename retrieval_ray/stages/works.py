@@ -226,7 +226,9 @@ def _after(context: Context, corpora: Sequence[Known], rates: Rates) -> list[Wor
     config, after = context.config, list[Work]()
     for known in corpora:
         note, systems = ", adapted", 2 + len(config.evaluate.systems)
-        after += [*encoding(context, known, rates, note), retrieval(context, known, rates, ["dense"], note)]
+        asked = replace(known, rows=known.test, at_most=False)
+        after.append(amounts.queries(asked.rows, at_most=False, note=", reported"))
+        after += [*encoding(context, asked, rates, note), retrieval(context, asked, rates, ["dense"], note)]
         after.append(amounts.evaluate(known.test, systems, config.retrieve.depth, at_most=True))
         passages, queries = min(layers.PASSAGES, known.passages), min(layers.QUERIES, known.test)
         rate, student = rates.of("encode-passage"), sizes_of(context.student)

@@ -23,9 +23,10 @@ class Failure:
 
 Ask = Callable[[list[Messages]], list[str | Failure]]  # prompts -> replies
 
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 ORDERS_VERSION = 2  # of how replies are read
 _MAX_WORDS = 300  # of a passage, as in RankGPT's code
+_MAX_CHARACTERS = 2_400  # and of one whose language has no spaces between words, or that is no language
 _THOUGHT = re.compile(r"<(?:think(?:ing)?|thought|reasoning)>")
 _NAMED = re.compile(r"\[\s*(\d{1,6})\s*\]")
 _CHAIN = re.compile(r"\d{1,6}(?:(?:\s*>\s*|,\s+)\d{1,6})+")  # numbers of a list, not those of a sentence
@@ -46,7 +47,8 @@ def windows(count: int, window: int, stride: int) -> list[tuple[int, int]]:
 def prompt(query: str, passages: Sequence[str], max_words: int = _MAX_WORDS) -> Messages:
     """What the model is asked about one window; passages are numbered from 1."""
     listed = "\n".join(
-        f"[{n}] {' '.join(text.split()[:max_words])}" for n, text in enumerate(passages, start=1)
+        f"[{n}] {' '.join(text.split()[:max_words])[:_MAX_CHARACTERS]}"
+        for n, text in enumerate(passages, start=1)
     )
     asked = (
         f"Search query: {query}\n\n{listed}\n\nRank the {len(passages)} passages above by relevance to the "

@@ -111,6 +111,22 @@ def small_settings(collection: Path, student: Path, output: Path) -> list[str]:
     ]
 
 
+def foreseen_rows(output: Path) -> dict[str, list[tuple[float, float]]]:
+    """(foreseen, happened) of every finished stage of a run that a dry run went before, by the stage's name.
+
+    Fails where a stage was foreseen and does not say so.
+    """
+    works = json.loads((output / "forecast.json").read_text())["works"]
+    found: dict[str, list[tuple[float, float]]] = {}
+    for path in (output / "store").glob("*/manifest.json"):
+        facts = json.loads(path.read_text())
+        name = "-".join(filter(None, (facts["stage"], facts["identity"].get("role"))))
+        if name in {work["stage"] for work in works}:
+            rows = facts["forecast"]["rows"]
+            found.setdefault(name, []).append((rows["foreseen"], rows["happened"]))
+    return found
+
+
 def run_job(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a job as a user does."""
     return subprocess.run(

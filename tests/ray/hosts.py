@@ -67,7 +67,19 @@ class Network:
 
     def on(self, host: Host, command: Sequence[str], *, hidden: Path | None = None) -> list[str]:
         """The command line that runs a command on a host. hidden: a folder that is empty there."""
-        enter = ["ip", "netns", "exec", host.namespace, "unshare", "--mount", "--uts", "sh", "-c", _ENTER]
+        enter = [
+            "ip",
+            "netns",
+            "exec",
+            host.namespace,
+            "unshare",
+            "--mount",
+            "--uts",
+            "--ipc",
+            "sh",
+            "-c",
+            _ENTER,
+        ]
         return [*enter, "sh", host.name, str(self.names), str(self.own), str(hidden or ""), *command]
 
     def cut(self, host: Host) -> None:

@@ -41,13 +41,15 @@ def image(folder: Path) -> Path:
 
 
 def environment(home: Path, python: Path, **more: str) -> dict[str, str]:
-    """What a node, or a user, has: a home, programs, and little of what this process has."""
+    """What a node has: a home, programs, and little of what this process has.
+
+    A home with a token makes a head ask for it, by default.
+    """
     told = {name: os.environ[name] for name in _TOLD if name in os.environ}
     return {
         **told,
         "PATH": f"{python.parent}{os.pathsep}{told['PATH']}",
         "HOME": str(home),
-        "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_memory_monitor_refresh_ms": "0",
         "HF_HUB_OFFLINE": "1",
@@ -124,13 +126,13 @@ class Dashboard:
     """Where jobs are submitted, and as whom."""
 
     address: str
-    user: Mapping[str, str]  # the environment of whoever submits
+    user: Mapping[str, str]  # the environment of whoever submits; a token is not shown by default
 
     def submit(self, name: str, *command: str, log: Path) -> subprocess.Popen[bytes]:
         """Begin `ray job submit`, in this checkout, as docs/cluster.md says."""
         words = ("job", "submit", "--submission-id", name, "--working-dir", ".")
         head = ("--entrypoint-resources", '{"driver_node": 0.01}')
-        told = {**self.user, "RAY_API_SERVER_ADDRESS": self.address}
+        told = {"RAY_AUTH_MODE": "token", **self.user, "RAY_API_SERVER_ADDRESS": self.address}
         return spawn(ray(*words, *head, "--", "python", *command), told, log)
 
     def run(self, name: str, *command: str, log: Path) -> tuple[int, list[str]]:
@@ -144,7 +146,7 @@ class Dashboard:
         return code, self.said(name)
 
     def stop(self, name: str) -> None:
-        told = {**self.user, "RAY_API_SERVER_ADDRESS": self.address}
+        told = {"RAY_AUTH_MODE": "token", **self.user, "RAY_API_SERVER_ADDRESS": self.address}
         subprocess.run(ray("job", "stop", name), env=told, check=True, capture_output=True, timeout=120)
 
     def said(self, name: str) -> list[str]:
@@ -157,6 +159,12 @@ class Dashboard:
         """The nodes that are alive."""
         rows = self.ask("v0/nodes?limit=1000")["data"]["result"]["result"]
         return [row for row in rows if row["state"] == "ALIVE"]
+
+    def actors(self) -> list[dict[str, Any]]:
+        """The actors that are alive."""
+        alive = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+        rows: list[dict[str, Any]] = self.ask(f"v0/actors?limit=1000&{alive}")["data"]["result"]["result"]
+        return rows
 
     def ask(self, path: str) -> Any:
         """The dashboard's own answer."""

@@ -92,6 +92,26 @@ def test_the_losing_or_winning_candidate_is_reported(finished: Path) -> None:
         assert not (finished / "candidate").exists()
 
 
+def test_a_trained_student_is_asked_what_is_reported_and_no_more(finished: Path) -> None:
+    import pyarrow.parquet as pq
+
+    ranked = {}
+    for path in (finished / "store").glob("retrieve-*/manifest.json"):
+        facts = json.loads(path.read_text())
+        parts = [pq.read_table(path.parent / part) for part in facts["parts"]]
+        ranked[facts["rows"]] = {row["query_id"] for part in parts for row in part.to_pylist()}
+    reported = {f"q{n}" for n in range(64, 80)}
+    assert sorted(ranked) == [16, 80 - len(_rejected(finished))]
+    assert ranked[16] == reported < ranked[max(ranked)]
+
+
+def _rejected(output: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    (rejects,) = (output / "store").glob("queries-*/rejects.parquet")
+    return [str(key) for key in pq.read_table(rejects).column("id").to_pylist()]
+
+
 def test_run_files_and_report(finished: Path) -> None:
     for system in ("base", "adapted", "bm25", "teacher"):
         first = (finished / "runs" / f"{system}.trec").read_text().splitlines()[0].split()

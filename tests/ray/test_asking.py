@@ -1,8 +1,6 @@
 """The endpoint's worker, without Ray: what it keeps, and how much is in flight over many small parts."""
 
 import asyncio
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,8 @@ from retrieval_ray.artifacts import Location, bucket_of, part_name, stage
 from retrieval_ray.prompts import Wanted, read_pool
 from retrieval_ray.stages.ask_endpoint import _Asker, _shares
 from retrieval_ray.stages.asking import Asking
+
+from .chat import serving
 
 PARTS, PASSAGES = 16, 48
 
@@ -34,25 +34,9 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[tuple[Server, str]]:
-    served, loop = Server(), asyncio.new_event_loop()
-    ports: list[int] = []
-
-    async def serve() -> None:
-        app = web.Application()
-        app.router.add_post("/chat/completions", served.answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        ports.append(runner.addresses[0][1])
-
-    thread = threading.Thread(target=lambda: (loop.run_until_complete(serve()), loop.run_forever()))
-    thread.daemon = True
-    thread.start()
-    while not ports:
-        time.sleep(0.02)
-    yield served, f"http://127.0.0.1:{ports[0]}"
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(timeout=10)
+    served = Server()
+    with serving(served) as url:
+        yield served, url
 
 
 def asking_of(folder: Path) -> tuple[Asking, list[dict[str, object]]]:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from retrieval_ray import stages
 from retrieval_ray.config_file import load
 from retrieval_ray.errors import UserError
 from retrieval_ray.export import FORMATS
 from retrieval_ray.stages import job
 
-from .conftest import ROOT, job_module, run_job, small_settings
+from .conftest import ROOT, foreseen_rows, job_module, run_job, small_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CONFIG = str(ROOT / "configs" / "cpu.yaml")
@@ -21,16 +22,23 @@ def read(folder: Path, table: str) -> list[dict]:  # type: ignore[type-arg]
 
 
 def test_every_format_holds_the_lists_of_the_groups_stage(
-    collection: Path, student_folder: str, tmp_path: Path, ray_local: None
+    collection: Path, student_folder: str, tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import pyarrow.parquet as pq
 
-    context = job.open_run(
-        load(CONFIG, small_settings(collection, Path(student_folder), tmp_path / "run")), dry_run=False
-    )
+    config = load(CONFIG, small_settings(collection, Path(student_folder), tmp_path / "run"))
     export = job_module("export")
+    export.write(job.open_run(config, dry_run=True), None, "pylate", str(tmp_path / "pylate"))
+    said = capsys.readouterr().out
+    assert "run    every stage after it, until groups" in said and "\ngroups" in said
+    assert "train" not in said.partition("forecast")[2] and not (tmp_path / "pylate").exists()
+    context = job.open_run(config, dry_run=False)
     for form in FORMATS:
         export.write(context, None, form, str(tmp_path / form))
+    assert set(foreseen_rows(tmp_path / "run")) == {
+        "corpus", "queries", "encode-passage", "encode-query", "retrieve", "score-late", "score-bm25",
+        "score-dense", "groups",
+    }  # fmt: skip
     (groups,) = (tmp_path / "run" / "store").glob("groups-*/groups.parquet")
     rows = pq.read_table(groups).to_pylist()
     corpus = {r["_id"]: r for r in map(json.loads, (collection / "corpus.jsonl").open())}
@@ -77,6 +85,24 @@ def test_every_format_holds_the_lists_of_the_groups_stage(
             assert len(row["positive_passages"]) == 1
     with pytest.raises(UserError, match="not empty"):
         export.write(context, None, "tevatron", str(tmp_path / "dropped"))
+
+
+def test_an_export_that_was_killed_is_made_again(
+    collection: Path, student_folder: str, tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*small_settings(collection, Path(student_folder), tmp_path / "run"), "dataset.max_queries=8"]
+    context = job.open_run(load(CONFIG, settings), dry_run=False)
+    export, out = job_module("export"), tmp_path / "out"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages.export, "_rows", killed)
+        export.write(context, None, "pylate", str(out))
+    assert [path.name for path in out.iterdir()] == ["unfinished"]
+    export.write(context, None, "pylate", str(out))
+    assert not (out / "unfinished").exists() and read(out, "train")
 
 
 def test_what_is_wrong_is_said_at_once(tmp_path: Path) -> None:

@@ -1,14 +1,11 @@
 """The generate stage on a real endpoint over HTTP and on real vLLM engines, with kills in between."""
 
-import asyncio
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections import Counter
@@ -19,17 +16,16 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from aiohttp import web
 
 from retrieval_ray.config import LlmConfig
 from retrieval_ray.prompts import KINDS, Wanted, read_pool
 
+from .chat import KEY, Server, serving
 from .conftest import run_job, small_settings
 from .llm import make_llm
 from .test_kill import kill_tree, start, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-KEY = "sk-not-to-be-seen-anywhere"
 
 
 def settings_of(collection: Path, student: str, output: Path, **llm: object) -> list[str]:
@@ -60,90 +56,12 @@ def kept(output: Path) -> list[bytes]:
 # --- endpoint ------------------------------------------------------------------------------------
 
 
-class Server:
-    """An OpenAI-compatible endpoint that answers with words of the passage, or as it is told to."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.keys: set[str | None] = set()
-        self.faults = 0.0  # the share of requests that meet one
-        self.bad = ""  # requests whose messages hold this are refused for good
-        self.delay = 0.0
-        self.now = self.peak = 0  # requests in flight
-
-    async def answer(self, request: web.Request) -> web.StreamResponse:
-        self.now += 1
-        self.peak = max(self.peak, self.now)
-        try:
-            return await self._answer(request)
-        finally:
-            self.now -= 1
-
-    async def _fault(self, request: web.Request) -> web.StreamResponse:
-        match random.randrange(5):
-            case 0:
-                return web.Response(status=429, text="slow down", headers={"Retry-After": "0.1"})
-            case 1:
-                return web.Response(status=500, text="oh no")
-            case 2:
-                return web.Response(text="<html>garbage</html>")
-            case 3:  # half a reply, and the connection is gone
-                half = web.StreamResponse(headers={"Content-Length": "500"})
-                await half.prepare(request)
-                await half.write(b'{"choices": [{"mess')
-                assert request.transport
-                request.transport.close()
-                return half
-            case _:  # nothing, until the client gives up
-                self.now -= 1  # the client may be gone long before the server notices
-                await asyncio.sleep(3)
-                self.now += 1
-                return web.Response(status=500)
-
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        self.keys.add(request.headers.get("Authorization"))
-        await asyncio.sleep(self.delay)
-        if random.random() < self.faults:
-            return await self._fault(request)
-        self.asked.append(body)
-        passage = body["messages"][-1]["content"].rpartition("Passage: ")[2]
-        if self.bad and self.bad in passage:
-            return web.json_response({"error": {"message": "content policy"}}, status=400)
-        words = passage.split()
-        random.Random(body["seed"]).shuffle(words)
-        text = " ".join(words[:6])
-        return web.json_response(
-            {
-                "choices": [{"message": {"role": "assistant", "content": text}}],
-                "usage": {"prompt_tokens": 100, "completion_tokens": 6},
-            }
-        )
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, str]]:
-    served, loop = Server(), asyncio.new_event_loop()
-    ports: list[int] = []
-
-    async def serve() -> None:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", served.answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        ports.append(runner.addresses[0][1])
-
-    thread = threading.Thread(target=lambda: (loop.run_until_complete(serve()), loop.run_forever()))
-    thread.daemon = True
-    thread.start()
-    while not ports:
-        time.sleep(0.05)
+    served = Server()
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    yield served, f"http://127.0.0.1:{ports[0]}/v1"
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(timeout=10)
+    with serving(served) as url:
+        yield served, url
 
 
 @pytest.mark.chaos
@@ -281,7 +199,17 @@ def test_every_negative_gets_a_query_and_those_that_are_there_are_taken(
     assert 0 < facts["reused"] < len(negatives) and facts["without"] == 0
     asked = Counter(body["messages"][-1]["content"] for body in served.asked)
     assert max(asked.values()) == 1  # no passage was asked for twice
-    assert len(served.asked) == 100 + len(negatives) - facts["reused"]
+    assert 100 < len(served.asked) <= 100 + len(negatives) - facts["reused"]
+
+    every = [pq.read_table(path).to_pylist() for path in output.glob("store/queries-*/queries-*.parquet")]
+    held_out = {row["query_id"] for row in pq.read_table(groups).to_pylist() if row["split"] == "dev"}
+    measured = {
+        row["text"]
+        for part in every
+        for row in part
+        if row["split"] != "train" or row["query_id"] in held_out
+    }
+    assert len(measured) > len(held_out) > 0 and not measured & {row["text"] for row in rows}
 
 
 # --- vLLM ----------------------------------------------------------------------------------------

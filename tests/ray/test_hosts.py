@@ -24,6 +24,7 @@ import pytest
 from retrieval_ray.artifacts import Location
 
 from . import nodes
+from .chat import KEY, Server, serving
 from .conftest import write_collection
 from .hosts import SUBNET, US, Host, Network
 
@@ -40,15 +41,17 @@ pytestmark = [
 ]
 PASSAGES, QUERIES = 16_600, 96  # more passages than the driver searches and looks up by itself
 # What shows that a stage is under way: a line that the job says, or a file in a folder without a manifest.
-MOMENTS = [
-    "line corpus 'words'",
-    "file encode-*/vectors-000000[1-6]*",
-    "line retrieval on",
-    "file score-late-*/scores-*",
-    "line groups of",
-    "file train-*/checkpoint-0000000[3-9]*",
-    "line with the adapted model",
-]
+MOMENTS = {
+    "corpus": "line corpus 'words'",
+    "generate": "file replies/*",
+    "encode": "file encode-*/vectors-000000[1-6]*",
+    "retrieve": "line retrieval on",
+    "score": "file score-late-*/scores-*",
+    "groups": "line groups of",
+    "train": "file train-*/checkpoint-0000000[3-9]*",
+    "evaluate": "line with the adapted model",
+}
+ALONE = ("corpus", "groups")  # the driver's work: the host that is cut off there has none
 # A host that falls silent is given up after about forty seconds; one that is only slow must not be.
 PATIENCE = {
     "RAY_health_check_period_ms": "3000",
@@ -73,7 +76,8 @@ class Cluster:
         own = self.network.own
         self.environment = nodes.environment(
             own / "home", self.python, RAY_AUTH_TOKEN=token, TMPDIR=str(own / "tmp"),
-            RAY_TMPDIR=str(own / "tmp"), AWS_ENDPOINT_URL=endpoint, **KEYS, **PATIENCE,
+            RAY_TMPDIR=str(own / "tmp"), RAY_AUTH_MODE="token", AWS_ENDPOINT_URL=endpoint,
+            OPENAI_API_KEY=KEY, **KEYS, **PATIENCE,
         )  # fmt: skip
         self.running: dict[Host, subprocess.Popen[bytes]] = {}
         self.gone: list[Host] = []  # cut off
@@ -104,12 +108,19 @@ class Cluster:
         """Another host, with room for one worker of two CPUs and for Ray Data; it does not see the corpus."""
         self._start(f"--address={self.head.address}:6379", "--num-cpus=3", hidden=self.corpus)
 
-    def cut(self) -> Host:
-        """The oldest working host, whose cable is pulled."""
-        host = [host for host in self.running if host != self.head][0]
+    def oldest(self) -> Host:
+        """Of the hosts that work."""
+        return [host for host in self.running if host != self.head][0]
+
+    def at_work(self, host: Host) -> bool:
+        """Whether one of a job's workers lives there."""
+        (node,) = [node["node_id"] for node in self.dashboard.nodes() if node["node_ip"] == host.address]
+        return any(actor["node_id"] == node for actor in self.dashboard.actors())
+
+    def cut(self, host: Host) -> None:
+        """Pull the host's cable."""
         self.network.cut(host)
         self.gone.append(host)
-        return host
 
     def clear(self) -> None:
         """End what runs on hosts that were cut off and not forgotten."""
@@ -141,6 +152,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
         folder, passages, asked, {"train": range(64), "dev": range(64, 80), "test": range(80, QUERIES)}
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def writer(cluster: "Cluster") -> Iterator[str]:
+    """An endpoint that takes its time to write queries, on this machine's end of the bridge."""
+    served = Server()
+    served.delay = 1.0
+    with serving(served, US) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +198,12 @@ def _make_bucket() -> bool:
     return True
 
 
-def job(corpus: Path, output: str) -> list[str]:
+def job(corpus: Path, writer: str, output: str) -> list[str]:
     return [
         "jobs/adapt.py", "configs/cpu.yaml", f"dataset.path={corpus}",
         "dataset.dev_split=dev", "queries.log_split=train", "student.model=s3://lake/student",
+        "queries.sources=[log,llm]", "llm.engine=endpoint", f"llm.url={writer}", "llm.model=writer",
+        "llm.passages=60", "llm.kinds={claim: 2}", "llm.concurrency=2",
         f"output_dir=s3://lake/{output}", "groups.list_size=6", "teacher.depth=20",
         "train.max_epochs=3", "train.patience=9", "train.batch_queries=8", "train.chunk_tokens=512",
         "train.checkpoint_minutes=0", "compute.precision=float32", "compute.token_budget=2048",
@@ -220,6 +242,12 @@ def is_there(sign: str, output: str, lines: list[str]) -> bool:
     return any(fnmatch.fnmatch(path, what) and path.rpartition("/")[0] not in done for path in files)
 
 
+def finished(output: str) -> set[str]:
+    """The names of the stages that have a manifest."""
+    manifests = (path for path in _files(output) if path.endswith("/manifest.json") and "/store/" in path)
+    return {path.split("/")[-2].partition("-")[0] for path in manifests}
+
+
 def metrics(output: str) -> Any:
     found = Location.of(f"s3://lake/{output}/metrics.json").read_json()
     del found["seconds"]
@@ -227,26 +255,40 @@ def metrics(output: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: Cluster, corpus: Path, base: Path) -> dict[str, str]:
+def whole(cluster: Cluster, corpus: Path, writer: str, base: Path) -> dict[str, str]:
     """What a job writes that loses no host."""
-    code, said = cluster.dashboard.run("whole", *job(corpus, "whole"), log=base / "whole.log")
+    code, said = cluster.dashboard.run("whole", *job(corpus, writer, "whole"), log=base / "whole.log")
     print("\n".join(said))
     assert code == 0
     assert metrics("whole")["training"] is not None
     return contents("whole")
 
 
-@pytest.mark.parametrize("sign", MOMENTS)
+def test_the_doctor_finds_three_hosts_fit(cluster: Cluster, corpus: Path, base: Path) -> None:
+    told = ["configs/cpu.yaml", f"dataset.path={corpus}", "student.model=s3://lake/student"]
+    told += ["output_dir=s3://lake/doctor", "compute.workers=2", "compute.cpus_per_worker=2"]
+    code, said = cluster.dashboard.run("doctor", "jobs/doctor.py", *told, log=base / "doctor.log")
+    print("\n".join(said))
+    assert code == 0 and "3 nodes, 0 problems" in said[-1]
+    assert not _files("doctor")
+
+
+@pytest.mark.parametrize("stage", MOMENTS)
 def test_a_host_is_cut_off(
-    sign: str, cluster: Cluster, corpus: Path, base: Path, whole: dict[str, str]
+    stage: str, cluster: Cluster, corpus: Path, writer: str, base: Path, whole: dict[str, str]
 ) -> None:
     """The job ends by itself, with the tables of one that lost no host."""
-    name = f"broken-{MOMENTS.index(sign)}"
-    process = cluster.dashboard.submit(name, *job(corpus, name), log=base / f"{name}.log")
+    name = f"broken-{stage}"
+    process = cluster.dashboard.submit(name, *job(corpus, writer, name), log=base / f"{name}.log")
     try:
-        assert comes(sign, name, cluster, process)
+        assert comes(MOMENTS[stage], name, cluster, process)
+        gone = cluster.oldest()
+        if stage not in ALONE:
+            nodes.wait_for(lambda: cluster.at_work(gone), f"{gone.name} works")
         begin = time.monotonic()
-        at, gone = cluster.dashboard.said(name)[-1], cluster.cut()
+        at = cluster.dashboard.said(name)[-1]
+        cluster.cut(gone)
+        assert stage not in finished(name)
         cluster.add()
         nodes.wait_for(lambda: gone.address not in cluster.alive(), "the loss is noticed")
         noticed = time.monotonic() - begin
@@ -262,7 +304,7 @@ def test_a_host_is_cut_off(
         said = cluster.dashboard.said(name)
         print("\n".join(said))
     times = f"given up after {noticed:.0f} s, another after {replaced:.0f} s"
-    print(f"{sign}: {gone.name} cut off at '{at}', {times}, all done after {time.monotonic() - begin:.0f} s")
+    print(f"{stage}: {gone.name} cut off at '{at}', {times}, all done after {time.monotonic() - begin:.0f} s")
     assert code == 0 and not [line for line in said if "Traceback" in line]
     assert contents(name) == whole
     assert metrics(name) == metrics("whole")

@@ -27,7 +27,7 @@ from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import Model
 from retrieval_ray.sources import Source
-from retrieval_ray.stages import encode, ingest, score, train
+from retrieval_ray.stages import encode, ingest, judges, score, train
 from retrieval_ray.stages import profile as profiles
 from retrieval_ray.stages.collection import Collection, Grouped, Ranked, extend
 from retrieval_ray.stages.context import Context
@@ -204,6 +204,29 @@ def test_what_a_teacher_is_asked(context: Context, change: dict[str, Any], kinds
             found.add(kind)
         assert ids[0].startswith(kind)
     assert found == kinds
+
+
+def test_how_a_score_is_computed_is_in_no_name_but_its_precision(context: Context) -> None:
+    """Nor is the machine: a laptop's scores are a cluster's."""
+    for kind in ("cross_encoder", "seq2seq", "yes_no", "late"):
+        for model in (CROSS_ENCODER, None) if kind == "late" else (CROSS_ENCODER,):
+            judge = Judge(kind, MemberConfig(kind=kind, model="judge"), model)
+
+            def named(judge: Judge = judge, **changed: Any) -> str:
+                return str(teacher_id(profile(**changed)(context), judge, None))
+
+            assert named() == named(threads=7, token_budget=99, workers=5, device="cuda")
+            assert named() != named(precision="bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["cross_encoder", "seq2seq", "yes_no"])
+def test_scores_that_another_version_kept_are_not_taken(
+    context: Context, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = Judge(kind, MemberConfig(kind=kind, model="judge"), CROSS_ENCODER)
+    before = str(teacher_id(context, judge, None))
+    monkeypatch.setitem(judges._SCORES, kind, judges._SCORES[kind] + 1)
+    assert str(teacher_id(context, judge, None)) != before
 
 
 def test_what_a_listwise_endpoint_is_sent_is_in_its_name(context: Context) -> None:

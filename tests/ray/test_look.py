@@ -20,7 +20,7 @@ def test_every_model_of_a_config_is_looked_for(tmp_path: Path) -> None:
         "student: {model: org/student}\n"
         "retrieve: {models: {gte: org/gte}, retrievers: [dense, gte, bm25]}\n"
         "queries: {sources: [llm]}\n"
-        "llm: {model: org/llm}\n"
+        "llm: {model: org/llm, lora: org/adapter}\n"
         "teacher:\n"
         "  kind: ensemble\n"
         "  members:\n"
@@ -33,9 +33,12 @@ def test_every_model_of_a_config_is_looked_for(tmp_path: Path) -> None:
         "retrieve.models.gte.model": ("org/gte", False),
         "teacher.members[1].model (cross)": ("org/cross", True),
         "llm.model": ("org/llm", True),
+        "llm.lora": ("org/adapter", True),
     }
-    served = load(str(config), ["llm.engine=endpoint", "llm.url=http://localhost:1/v1"])
-    assert "llm.model" not in doctor.models_of(served)  # its files are the server's matter
+    served = load(str(config), ["llm.engine=endpoint", "llm.url=http://localhost:1/v1", "llm.lora=null"])
+    assert (
+        not {"llm.model", "llm.lora"} & doctor.models_of(served).keys()
+    )  # its files are the server's matter
 
 
 def test_what_a_config_asks_of_a_cluster() -> None:
@@ -80,4 +83,12 @@ def test_a_model_must_be_there_and_whole(student_folder: str, tmp_path: Path) ->
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "is not whole" in str(look.model(str(cut), "student.model", False).error)
     weights.unlink()
+    adapter = look.model(str(cut), "llm.lora", True)
+    assert "llm.lora: " in str(adapter.error) and "no adapter of peft's" in str(adapter.error)
     assert "no weights" in str(look.model(str(cut), "student.model", False).error)
+
+
+def test_a_disk_that_takes_no_file_says_why(tmp_path: Path) -> None:
+    assert look._write_error(str(tmp_path)) == "" and not os.listdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in look._write_error(str(tmp_path / "file"))

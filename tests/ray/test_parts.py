@@ -1,11 +1,13 @@
 """Where the parts of a stage are worked on. What they return does not depend on it."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.config import Config
@@ -21,6 +23,8 @@ class Squares:
         self.more = more
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
+        if part["n"] == 1313:
+            os.kill(os.getpid(), signal.SIGKILL)
         if part["n"] < 0:
             raise ValueError(f"{part['n']} has no place")
         found = {"value": part["n"] ** 2 + self.more, "threads": torch.get_num_threads()}
@@ -72,3 +76,15 @@ def test_many_parts_and_heavy_ones_are_done_by_workers(
     found = parts.run_parts(context, "", Squares, {"more": 1}, wanted, **how)
     assert sorted(each["value"] for each in found) == [n**2 + 1 for n in range(count)]
     assert os.getpid() not in {each["process"] for each in found}
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_a_part_that_kills_every_worker_ends_the_job(
+    context: Context, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Data by itself starts workers for it for ever."""
+    context.config.compute.workers = 2
+    monkeypatch.setattr(parts, "_ATTEMPTS", 2)
+    with pytest.raises(RayTaskError, match=r"UserError: squares: 2 workers died over the same part .*1313"):
+        parts.run_parts(context, "squares", Squares, {"more": 1}, [{"n": 2}, {"n": 1313}])

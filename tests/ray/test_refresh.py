@@ -49,12 +49,15 @@ def test_a_refresh_changes_negatives_and_nothing_else(refreshed: Path) -> None:
     assert [(r["query_id"], r["split"], r["kind"]) for r in before] == [
         (r["query_id"], r["split"], r["kind"]) for r in after
     ]
-    new = common = 0
+    new = common = kept_out = 0
     for old, now in zip(before, after, strict=True):
         if old["split"] == "dev":
             assert old == now
             continue
         assert len(set(now["passage_ids"])) == len(now["passage_ids"]) == len(old["passage_ids"])
+        suspected = set(old["excluded_ids"]) - {now["positive_id"]}
+        assert suspected <= set(now["excluded_ids"]) and now["positive_id"] not in now["excluded_ids"]
+        kept_out += len(suspected)
         score = dict(zip(old["passage_ids"], old["teacher_scores"], strict=True))
         for passage, value in zip(now["passage_ids"], now["teacher_scores"], strict=True):
             if passage in score:  # normalised as in the first round: the same score
@@ -65,8 +68,14 @@ def test_a_refresh_changes_negatives_and_nothing_else(refreshed: Path) -> None:
     facts = manifest(renewed)
     lists = sum(row["split"] == "train" for row in before)
     assert facts["renewed"] == lists and facts["kept"] == {}
-    assert new > 0 and common > lists  # at the least the positives stay
-    assert facts["new_negatives"] == pytest.approx(new / lists / 5, abs=1e-4)  # lists of 6
+    assert new > 0 and common > lists and kept_out > 0
+    negatives = [
+        set(now["passage_ids"][1:]) - set(old["passage_ids"])
+        for old, now in zip(before, after, strict=True)
+        if old["split"] == "train"
+    ]
+    share = sum(map(len, negatives)) / lists / 5  # lists of 6
+    assert facts["new_negatives"] == pytest.approx(share, abs=1e-4)
 
 
 def test_only_pairs_of_training_lists_that_are_new_are_judged(refreshed: Path) -> None:

@@ -10,10 +10,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from retrieval_ray import ivf
 from retrieval_ray.artifacts import Location, Stage, part_name, stage
 from retrieval_ray.config_file import load
 from retrieval_ray.runs import fuse
-from retrieval_ray.stages import index, job
+from retrieval_ray.stages import index, job, searchers
 from retrieval_ray.stages.encode import Vectors
 
 from .conftest import ROOT, job_module, small_settings
@@ -119,3 +120,41 @@ def test_three_retrievers_fused_and_the_same_through_an_index_of_two_shards(
         assert built["recall"] == 1.0 and built["nlist"] == 4
     assert not list(manifest.parent.glob("partial-*"))
     assert len(list((tmp_path / "exact" / "store").glob("encode-*"))) == 4
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "more"), [("ivf", []), ("ivfpq", ["retrieve.pq_bytes=2"])])
+def test_an_index_that_finds_less_says_how_much_less(
+    collection: Path,
+    student_folder: str,
+    tmp_path: Path,
+    ray_local: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    more: list[str],
+) -> None:
+    """Recall as counted here, query by query, of all that the sample holds; every score is the exact one."""
+    monkeypatch.setattr(index, "_SHARD_PARTS", 1)
+    indexed = [f"retrieve.index={kind}", "retrieve.nlist=1" if kind == "ivfpq" else "retrieve.nlist=8"]
+    indexed += ["retrieve.nprobe=1", "retrieve.min_recall=1.0", *more]
+    monkeypatch.setattr(searchers, "_WIDER", 1)
+    monkeypatch.setattr(ivf, "POINTS_PER_CLUSTER", 2)  # 640 passages are enough then for 256 codes
+    runs = {}
+    for name, extra in (("exact", []), ("indexed", indexed)):
+        settings = small_settings(collection, Path(student_folder), tmp_path / name)
+        config = load(str(ROOT / "configs" / "cpu.yaml"), [*settings, *extra])
+        job_module("adapt").adapt(job.open_run(config, dry_run=False), "retrieve")
+        runs[name] = _runs(tmp_path / name / "store")["dense"]
+    said = capsys.readouterr().err
+    (manifest,) = (tmp_path / "indexed" / "store").glob("retrieve-*/manifest.json")
+    recall = json.loads(manifest.read_text())["index"]["dense"]["recall"]
+    exact, found = (
+        {(query, passage): score for query, ranking in runs[name].items() for passage, score in ranking}
+        for name in ("exact", "indexed")
+    )
+    assert all(exact[pair] == found[pair] for pair in exact.keys() & found.keys())
+    # The stage counts one rank deeper
+    assert recall < 1 and recall == pytest.approx(len(exact.keys() & found.keys()) / len(exact), abs=0.03)
+    assert "warning: that is under retrieve.min_recall=1" in said

@@ -13,7 +13,7 @@ from retrieval_ray.errors import UserError
 from retrieval_ray.stages import job
 from retrieval_ray.teachers.cross_encoder import CrossEncoder
 
-from .conftest import ROOT, job_module, run_job
+from .conftest import ROOT, foreseen_rows, job_module, run_job
 from .llm import make_llm
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -40,14 +40,28 @@ def teacher(cross_encoder_folder: str) -> list[str]:
 
 
 def test_a_run_of_ids_is_judged_with_the_collections_texts(
-    ray_local: None, collection: Path, teacher: list[str], cross_encoder_folder: str, tmp_path: Path
+    ray_local: None,
+    collection: Path,
+    teacher: list[str],
+    cross_encoder_folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run.trec"
     ids = [(f"q{n}", f"p{(7 * n + k) % 640}") for n in range(40) for k in range(30)]
     lines = [f"{q} Q0 {p} 1 0.5 tag\n" for q, p in ids]
     run.write_text("".join([*lines, lines[0], "q0 Q0 nowhere 1 1 tag\n", "half a line\n"]))
     settings = [f"pairs={run}", f"dataset.path={collection}", *teacher, f"output_dir={tmp_path / 'out'}"]
+    plan = job.open_run(load(CONFIG, [*SMALL, *settings, "compute.workers=2"]), dry_run=True)
+    job_module("score").write(plan, None)
+    said = capsys.readouterr().out
+    assert "run    pairs of " in said and " 1,201 pairs " in said
+    assert not (tmp_path / "out" / "store").exists()
     facts = score(*settings, "compute.workers=2")
+    foreseen = foreseen_rows(tmp_path / "out")
+    assert foreseen["pairs"] == [(1201, 1201)]
+    ((most, judged),) = foreseen["score-cross_encoder"]
+    assert judged == 1200 <= most < 1300
     rows = table(tmp_path / "out")
     assert facts["rows"] == len(rows) == 1200 and facts["rejected"] == {"unknown_passage": 1, "malformed": 1}
     assert {(row["query_id"], row["passage_id"]) for row in rows} == set(ids)

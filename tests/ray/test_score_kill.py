@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,11 +63,37 @@ def table(output: Path) -> list[dict[str, Any]]:
 
 
 def kept(output: Path) -> list[bytes]:
-    """Every judged pair that was committed, as often as it was."""
+    """Every judged pair that was committed."""
     found: list[bytes] = []
     for file in (output / "store").glob("scores/*/*/*/*.parquet"):
         found += pq.read_table(file).column("key").to_pylist()
     return found
+
+
+class Commits(threading.Thread):
+    """Looks on while pairs are judged: a file of the cache that is there twice was judged twice."""
+
+    def __init__(self, output: Path) -> None:
+        super().__init__(daemon=True)
+        self.output, self.over = output, threading.Event()
+        self.seen: set[tuple[str, int]] = set()
+
+    def run(self) -> None:
+        while not self.over.wait(0.05):
+            for file in (self.output / "store").glob("scores/*/*/*/*.parquet"):
+                self.seen.add((str(file), file.stat().st_mtime_ns))
+
+    def __enter__(self) -> "Commits":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+
+    def again(self) -> int:
+        """Files that were written once more."""
+        return len(self.seen) - len({path for path, _ in self.seen})
 
 
 def finished(process: subprocess.Popen[bytes], log: Path) -> None:
@@ -85,38 +112,41 @@ def undisturbed(
     return rows
 
 
-def check(output: Path, undisturbed: list[dict[str, Any]]) -> None:
+def check(output: Path, undisturbed: list[dict[str, Any]], commits: Commits) -> None:
+    """Nothing is lost; what was committed once is never judged again, only what was in flight."""
     assert table(output) == undisturbed
     again = Counter(kept(output))
-    assert len(again) == PAIRS and max(again.values()) == 1  # nothing lost, nothing kept twice
+    assert len(again) == PAIRS and max(again.values()) == 1
+    assert len({path for path, _ in commits.seen}) > 2 and commits.again() == 0
 
 
 def test_a_killed_worker(
     pairs: Path, cross_encoder_folder: str, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
-    process = start(pairs, cross_encoder_folder, output, log)
-    assert wait_until(lambda: len(kept(output)) > 0, process, log)
-    workers = [
-        p for p in psutil.Process(process.pid).children(recursive=True) if "_Actor" in " ".join(p.cmdline())
-    ]
-    assert workers
-    workers[0].send_signal(signal.SIGKILL)
-    finished(process, log)
-    check(output, undisturbed)
+    with Commits(output) as commits:
+        process = start(pairs, cross_encoder_folder, output, log)
+        assert wait_until(lambda: len(kept(output)) > 0, process, log)
+        family = psutil.Process(process.pid).children(recursive=True)
+        workers = [p for p in family if "_Actor" in " ".join(p.cmdline())]
+        assert workers
+        workers[0].send_signal(signal.SIGKILL)
+        finished(process, log)
+    check(output, undisturbed, commits)
 
 
 def test_a_killed_job(
     pairs: Path, cross_encoder_folder: str, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
-    process = start(pairs, cross_encoder_folder, output, log)
-    assert wait_until(lambda: len(kept(output)) > 0, process, log)
-    kill_tree(process)
-    before = len(kept(output))
-    assert 0 < before < PAIRS
-    finished(start(pairs, cross_encoder_folder, output, log), log)
-    check(output, undisturbed)
+    with Commits(output) as commits:
+        process = start(pairs, cross_encoder_folder, output, log)
+        assert wait_until(lambda: len(kept(output)) > 0, process, log)
+        kill_tree(process)
+        before = len(kept(output))
+        assert 0 < before < PAIRS
+        finished(start(pairs, cross_encoder_folder, output, log), log)
+    check(output, undisturbed, commits)
     facts = json.loads((output / "scores.json").read_text())["teachers"]["cross_encoder"]
     assert facts["rows_this_run"] == PAIRS - before  # what was judged before was not judged again
 
@@ -141,9 +171,10 @@ def test_a_lost_node(
     output, log = tmp_path / "out", tmp_path / "log"
     node = two_nodes.add_node(num_cpus=4)
     two_nodes.wait_for_nodes()
-    process = start(pairs, cross_encoder_folder, output, log, RAY_ADDRESS=two_nodes.address)
-    assert wait_until(lambda: len(kept(output)) > 0, process, log)
-    two_nodes.remove_node(node, allow_graceful=False)
-    two_nodes.add_node(num_cpus=4)
-    finished(process, log)
-    check(output, undisturbed)
+    with Commits(output) as commits:
+        process = start(pairs, cross_encoder_folder, output, log, RAY_ADDRESS=two_nodes.address)
+        assert wait_until(lambda: len(kept(output)) > 0, process, log)
+        two_nodes.remove_node(node, allow_graceful=False)
+        two_nodes.add_node(num_cpus=4)
+        finished(process, log)
+    check(output, undisturbed, commits)

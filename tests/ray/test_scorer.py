@@ -224,18 +224,21 @@ def ranked(tmp_path: Path) -> Ranked:
     return Ranked("small", "test", 1, corpus, None, texts, corpus, texts, {}, {}, ("dense",), retrieved)
 
 
-def laid_out(ranked: Ranked, store: Path, depth: int, files: list[list[int]]) -> Stage:
-    target = stage(Location.of(str(store)), "pool", {"files": files})
-    pool._write_index(ranked.corpus, target)
-    for number, parts in enumerate(files):
-        pool._Layer(ranked, depth, target, None).run({"number": number, "queries": parts})
-    target.finish(["index.arrow", *(part_name("pairs", n, "parquet") for n in range(len(files)))])
+def laid_out(ranked: Ranked, store: Path, depth: int, files: list[list[int]], parts: int = 4) -> Stage:
+    target = stage(Location.of(str(store)), "pool", {"files": files, "parts": parts})
+    pool._write_index(ranked.corpus, target, parts)
+    for number, own in enumerate(files):
+        pool._Layer(pool.Heads(ranked, depth, 5, None), target).run({"number": number, "queries": own})
+    names = ["index.arrow", *(part_name("pairs", n, "parquet") for n in range(len(files)))]
+    target.finish(names, buckets=parts, corpus_buckets=4)
     return target
 
 
-@pytest.mark.parametrize("files", [[[0, 1]], [[0], [1]]])
-def test_every_pair_lies_with_its_passage(ranked: Ranked, tmp_path: Path, files: list[list[int]]) -> None:
-    target = laid_out(ranked, tmp_path, 6, files)
+@pytest.mark.parametrize(("files", "parts"), [([[0, 1]], 4), ([[0], [1]], 4), ([[0], [1]], 16)])
+def test_every_pair_lies_with_its_passage(
+    ranked: Ranked, tmp_path: Path, files: list[list[int]], parts: int
+) -> None:
+    target = laid_out(ranked, tmp_path, 6, files, parts)
     expected = set()
     for number in range(2):
         for row in ranked.retrieved.read(part_name("run", number, "parquet")).to_pylist():
@@ -243,17 +246,48 @@ def test_every_pair_lies_with_its_passage(ranked: Ranked, tmp_path: Path, files:
                 expected.add((row["query_id"], row["passage_id"]))
     assert len(expected) == 72
     found = set()
-    for number in range(4):
+    for number in range(parts):
         pairs = pool.read(target, ranked.corpus, number)
         for q, p, query, passage, (part, row) in zip(
             pairs.query_ids, pairs.passage_ids, pairs.queries, pairs.passages, pairs.places, strict=True
         ):
-            assert bucket_of(passage, 4) == number and (q, p) not in found
+            assert bucket_of(passage, parts) == number and (q, p) not in found
             assert (query, passage) == (f"query {q[1:]}", f"passage {p[1:]}")
             table = ranked.queries.read(part_name("queries", part, "parquet"))
             assert table.column("query_id")[row].as_py() == q
             found.add((q, p))
     assert found == expected
+
+
+def test_parts_are_cut_finer_where_queries_are_many() -> None:
+    assert pool._parts(4, pool.PER_PART * 4) == 4
+    assert pool._parts(4, pool.PER_PART * 4 + 1) == 8
+    assert pool._parts(16, 40_000_000) == 8192  # two million queries of 5,000 passages
+    assert pool._parts(1, 10**12) == 65_536
+
+
+def test_a_query_whose_source_is_not_retrieved_is_not_judged(ranked: Ranked, tmp_path: Path) -> None:
+    """By any retriever, in its own first five; only the rule's own naive form is asked."""
+    runs = [ranked.retrieved.read(part_name("run", number, "parquet")).to_pylist() for number in range(2)]
+    dense = {
+        (r["query_id"], r["passage_id"]): r["rank"] for run in runs for r in run if r["retriever"] == "dense"
+    }
+    first = {q: p for (q, p), rank in dense.items() if rank == 1}
+    late = {q: p for (q, p), rank in dense.items() if rank == 6}
+    sources = {q: (late if n % 2 else first)[q] for n, q in enumerate(sorted(first)[:8])}  # of four no source
+    queries = stage(Location.of(str(tmp_path)), "queries", {"with": "sources"})
+    for number in range(2):
+        name = part_name("queries", number, "parquet")
+        rows = ranked.queries.read(name).to_pylist()
+        queries.write(
+            name, schema.from_rows("queries", [{**r, "passage_id": sources.get(r["query_id"])} for r in rows])
+        )
+    queries.finish([part_name("queries", n, "parquet") for n in range(2)], buckets=2, rows=12)
+    heads = pool.Heads(replace(ranked, queries=queries), 6, 5, None)
+    judged = {q for number in range(2) for q in heads.part(number).column("query_id").to_pylist()}
+    assert judged == first.keys() - {q for q, p in sources.items() if dense[q, p] > 5} and len(judged) == 8
+    tests = replace(heads, ranked=replace(ranked, queries=queries, retrievers=("dense", "bm25")))
+    assert not {q for n in range(2) for q in tests.part(n).column("query_id").to_pylist()} & sources.keys()
 
 
 def test_passages_whose_hashes_are_the_same_are_told_apart(
@@ -307,7 +341,7 @@ def score_lists_of(ranked: Ranked, tmp_path: Path) -> Callable[[], Stage]:
     def run() -> Stage:
         context = Context(Config(), store, profile, Model("/student", "a" * 64))
         target = stage(store, "score-listwise", {})
-        source = score_lists.PooledByQuery(ranked, pairs, 6)
+        source = score_lists.PooledByQuery(pool.Heads(ranked, 6, 5, None), pairs)
         arguments = {
             "teacher_id": "listwise-ranks@x", "endpoint": ENDPOINT, "window": 20, "stride": 10,
             "source": source, "target": target, "store": store, "parts": 2,
@@ -396,7 +430,7 @@ def test_a_listwise_teacher_keeps_orders_by_pool(
     store = Location.of(str(tmp_path))
 
     def run(depth: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, int]]:
-        source = score_lists.PooledByQuery(ranked, target, depth)
+        source = score_lists.PooledByQuery(pool.Heads(ranked, depth, 5, None), target)
         out = stage(store, "score-listwise", {"depth": depth, "calls": len(shown)})
         worker = ListScorer("listwise-ranks@x", ENDPOINT, 20, 10, source, out, store, 2)
         facts = [worker.run({"number": number}) for number in range(2)]

@@ -31,16 +31,15 @@ PARTS, DIMENSION = 8, 6
 )
 def test_shards_are_joined_as_far_as_work_is_enough(shards: int, blocks: int, each: int) -> None:
     cut = [range(256 * n, 256 * (n + 1)) for n in range(shards)]
-    found = index.joined(cut, blocks)
+    found = index.joined(cut, 131_072 * shards, blocks)
     assert [n for part in found for n in part] == list(range(256 * shards))
     assert len(found[0]) == 256 * each and len(found) == -(-shards // each)
 
 
 def test_no_shard_grows_beyond_what_memory_can_cache() -> None:
-    large = [range(32_768 * n, 32_768 * (n + 1)) for n in range(64)]  # of a billion passages
-    assert index.joined(large, 245) == large
-    cut = [range(4096 * n, 4096 * (n + 1)) for n in range(64)]
-    assert {len(part) for part in index.joined(cut, 100_000)} == {16_384}
+    cut = [range(1024 * n, 1024 * (n + 1)) for n in range(64)]
+    assert index.joined(cut, 10**9, 245) == cut
+    assert {len(part) for part in index.joined(cut, 2**27, 100_000)} == {4096}  # of 2,048 passages a part
 
 
 def made(store: Location) -> Encoded:

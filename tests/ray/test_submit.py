@@ -1,6 +1,7 @@
 """`ray job submit` to a cluster started from the command line, as docs/cluster.md says.
 
-A head that runs no work, a node that does, a token, and on both an image with an older retrieval_ray.
+A head that runs no work, two nodes that do, a token, which the head asks for because it is there, and on all
+an image with an older retrieval_ray.
 """
 
 import json
@@ -17,8 +18,8 @@ from retrieval_ray import __version__
 from retrieval_ray.doctor import source_sha
 
 from . import nodes
+from .chat import KEY, Server, serving
 from .conftest import ROOT, small_settings
-from .test_generate import KEY, Server, server  # noqa: F401
 from .test_kill import contents
 
 Run = tuple[Path, list[str]]  # output folder, and what the job said
@@ -41,6 +42,13 @@ def base() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
+def writer() -> Iterator[str]:
+    """An endpoint that writes queries."""
+    with serving(Server()) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
 def python(base: Path) -> Path:
     return nodes.image(base / "image")
 
@@ -57,7 +65,8 @@ def dashboard(base: Path, python: Path) -> Iterator[nodes.Dashboard]:
             "--head", f"--port={port}", f"--dashboard-port={web}", "--num-cpus=0", "--resources",
             '{"driver_node": 1}', f"--ray-client-server-port={nodes.free_port()}",
         ],
-        "worker": [f"--address=127.0.0.1:{port}", "--num-cpus=6"],
+        "large": [f"--address=127.0.0.1:{port}", "--num-cpus=4"],
+        "small": [f"--address=127.0.0.1:{port}", "--num-cpus=2"],
     }  # fmt: skip
     started: list[subprocess.Popen[bytes]] = []
     found = nodes.Dashboard(f"http://127.0.0.1:{web}", told)
@@ -67,7 +76,8 @@ def dashboard(base: Path, python: Path) -> Iterator[nodes.Dashboard]:
             own = (f"--temp-dir={base / name}", f"--dashboard-agent-listen-port={nodes.free_port()}")
             command = nodes.ray("start", "--block", *words, *here, *own, python=python)
             log = base / f"{name}.log"
-            started.append(nodes.spawn(command, told, log))
+            joins = {} if name == "head" else {"RAY_AUTH_MODE": "token"}
+            started.append(nodes.spawn(command, {**told, **joins}, log))
             nodes.wait_for_node(lambda count=count: len(found.nodes()) == count, started[-1], log)  # type: ignore[misc]
         nodes.wait_for_node(lambda: "Ray runtime started" in log.read_text(), started[-1], log)
         yield found
@@ -116,12 +126,12 @@ def test_what_was_sent_runs_everywhere(
     job = ["jobs/doctor.py", "configs/cpu.yaml", f"student.model={student_folder}"]
     job.append(f"output_dir={tmp_path / 'out'}")
     code, said = dashboard.run("doctor", *job, "compute.workers=2", log=tmp_path / "log")
-    assert code == 0 and "2 nodes, 0 problems" in said[-1]
+    assert code == 0 and "3 nodes, 0 problems" in said[-1]
     rows = [line.split() for line in said if re.match(r"\S+-[0-9a-f]{6} ", line)]
-    assert len(rows) == 2 and all(source_sha(ROOT / "retrieval_ray")[:8] in row for row in rows)
+    assert len(rows) == 3 and all(source_sha(ROOT / "retrieval_ray")[:8] in row for row in rows)
 
     code, said = dashboard.run("too-many", *job, "compute.workers=9", log=tmp_path / "log")
-    assert code == 1 and "2 nodes, 1 problem" in said[-1]
+    assert code == 1 and "3 nodes, 1 problem" in said[-1]
     assert dashboard.ask("jobs/too-many")["driver_exit_code"] == 1
 
 
@@ -191,7 +201,7 @@ def test_stopped_in_the_middle_it_goes_on(
         process = dashboard.submit(name, *job, log=base / f"{name}.log")
         nodes.wait_for(lambda sign=sign: list(output.glob(f"store/{sign}")), f"{name} at work", 600)  # type: ignore[misc]
         dashboard.stop(name)
-        process.wait(timeout=120)
+        assert process.wait(timeout=120) == 0  # as docs/cluster.md says
         assert dashboard.ask(f"jobs/{name}")["status"] == "STOPPED"
     assert not (output / "metrics.json").exists()
     code, said = dashboard.run("resumed", *job, log=base / "resumed.log")
@@ -202,7 +212,7 @@ def test_stopped_in_the_middle_it_goes_on(
 def test_every_other_job(
     dashboard: nodes.Dashboard,
     whole: Run,
-    server: tuple[Server, str],  # noqa: F811
+    writer: str,
     collection: Path,
     student_folder: str,
     base: Path,
@@ -212,24 +222,25 @@ def test_every_other_job(
     own = settings(collection, student_folder, base / "unused")
     run = base / "run.trec"
     run.write_text("".join(f"q{n} Q0 p{n + k} 1 0.5 tag\n" for n in range(8) for k in range(4)))
-    (base / "space.yaml").write_text(
-        f"base: {ROOT}/configs/cpu.yaml\n"
-        "sweep: {question: Which?, space: {train.terms.infonce: [0, 0.2]}}\n"
-    )
-    llm = ["queries.sources=[llm]", "llm.engine=endpoint", f"llm.url={server[1]}", "llm.model=writer"]
+    space = ["configs/sweeps/lambda.yaml", "sweep.space={train.terms.clp: [0, 0.1]}"]
+    llm = ["queries.sources=[llm]", "llm.engine=endpoint", f"llm.url={writer}", "llm.model=writer"]
     score = ["configs/score.yaml", f"pairs={run}", f"dataset.path={collection}", "compute.workers=2"]
     score += [f"student.model={student_folder}", "compute.precision=float32", "compute.threads=1"]
     jobs = {
         "generate": ([*own, *llm, "llm.passages=4"], "store/queries-"),
         "score": (score, "scores.json"),
         "adapt": ([*own, "--until", "train", "train.max_epochs=2"], None),
-        "sweep": ([str(base / "space.yaml"), *own[1:], "dataset.dev_split=null"], "leaderboard.parquet"),
+        "sweep": ([*space, *own[1:], "dataset.dev_split=null"], "leaderboard.parquet"),
     }
     for name, (words, last) in jobs.items():
         told = [f"jobs/{name}.py", *words, f"output_dir={base / name}", store]
         code, said = dashboard.run(name, *told, log=base / f"{name}.log")
         assert code == 0, "\n".join(said)
         assert not [line for line in said if "Traceback" in line]
+        if name == "adapt":
+            (trained,) = (line for line in said if line.startswith("training on"))
+            assert "done already" not in trained and not (base / name / "metrics.json").exists()
+            assert len(list((whole[0] / "store").glob("train-*/manifest.json"))) == 2
         if last:
             shown = [line for line in said if last in line]  # Ray's own lines may come after it
             assert shown and Path(shown[-1]).exists()

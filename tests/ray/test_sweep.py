@@ -118,6 +118,15 @@ def test_the_page_and_the_test_figures_agree(swept: Path) -> None:
         gain = setting["candidate"]["ndcg@10"] - tested["base"]["ndcg@10"]
         assert setting["candidate"]["delta"] == pytest.approx(gain)
         assert setting["returned"]["ndcg@10"] in (setting["candidate"]["ndcg@10"], tested["base"]["ndcg@10"])
+    (kl,) = (s for s in tested["settings"] if s["point"]["loss"] == "kl")  # the first: the reference
+    others = [s for s in tested["settings"] if s is not kl]
+    assert kl["against_reference"] is None
+    for setting in others:
+        beside, change = (
+            setting["against_reference"],
+            setting["candidate"]["ndcg@10"] - kl["candidate"]["ndcg@10"],
+        )
+        assert beside["delta"] == pytest.approx(change) and beside["p"] <= beside["p_holm"] <= 1
 
 
 def test_the_best_config_gives_adapt_the_same_run_again(swept: Path) -> None:

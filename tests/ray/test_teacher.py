@@ -10,7 +10,7 @@ from retrieval_ray.errors import UserError
 from retrieval_ray.sources import open_source
 from retrieval_ray.stages import ingest, job, reranker
 
-from .conftest import ROOT, job_module, run_job, small_settings, write_collection
+from .conftest import ROOT, foreseen_rows, job_module, run_job, small_settings, write_collection
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CONFIG = str(ROOT / "configs" / "teacher.yaml")
@@ -19,22 +19,39 @@ CONFIG = str(ROOT / "configs" / "teacher.yaml")
 def settings(student: str, base: str, output: Path) -> list[str]:
     return [
         "dataset.path=demo", "reranker.split=dev", f"student.model={student}", f"reranker.base={base}",
-        "reranker.dev_queries=10", "reranker.pool=20", "reranker.batch_pairs=16", "reranker.max_tokens=48",
+        "reranker.dev_queries=10", "reranker.pool=20", "reranker.batch_lists=4", "reranker.max_tokens=48",
         "compute.precision=float32", "compute.token_budget=4096", f"output_dir={output}",
     ]  # fmt: skip
 
 
 def test_a_teacher_trained_on_the_demo_scores_in_the_main_job(
-    collection: Path, student_folder: str, bert_folder: str, tmp_path: Path, ray_local: None
+    collection: Path,
+    student_folder: str,
+    bert_folder: str,
+    tmp_path: Path,
+    ray_local: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("accelerate")
     import pyarrow.parquet as pq
 
     overrides = settings(student_folder, bert_folder, tmp_path / "out")
     teach = job_module("teacher").teach
+    teach(job.open_run(load(CONFIG, overrides), dry_run=True), None)
+    said = capsys.readouterr().out
+    assert "run    corpus 'demo'" in said and "\ntrain teacher" in said
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["forecast.json"]
     where = teach(job.open_run(load(CONFIG, overrides), dry_run=False), None)
     assert where == str(tmp_path / "out" / "model")
     (stage,) = (tmp_path / "out" / "store").glob("reranker-*")
+    foreseen = foreseen_rows(tmp_path / "out")
+    assert set(foreseen) == {
+        "corpus", "queries", "encode-passage", "encode-query", "retrieve", "reranker"
+    }  # fmt: skip
+    for name in ("corpus", "encode-passage"):
+        ((before, after),) = foreseen[name]
+        assert before == after
+    assert all(after <= before for pairs in foreseen.values() for before, after in pairs)
     rows = pq.read_table(stage / "pairs.parquet").to_pylist()
     demo = open_source("demo")
     dev = {}
