@@ -60,6 +60,10 @@ class Attempts:
             )
         internal_kv._internal_kv_put(key, str(before + 1).encode(), overwrite=True)
 
+    def forget(self) -> None:
+        """Take the counts off a cluster that other jobs use too."""
+        internal_kv._internal_kv_del(f"{self.run}:", del_by_prefix=True)
+
 
 class _Actor:
     """Adapts a PartWorker to ``map_batches``; parts travel as JSON, so Arrow types cannot drift."""
@@ -125,7 +129,7 @@ def run_parts(
     pool = ray.data.ActorPoolStrategy(
         min_size=min(compute.fewest_workers(), most), max_size=most, max_tasks_in_flight_per_actor=2
     )
-    attempts = Attempts(label, uuid.uuid4().hex, _ATTEMPTS)
+    attempts = Attempts(label, f"counted-{uuid.uuid4().hex}", _ATTEMPTS)
     dataset = ray.data.from_items(
         [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)
     ).map_batches(
@@ -140,6 +144,7 @@ def run_parts(
         for row in dataset.iter_rows():
             facts.append(json.loads(row["facts"]))
             advance(len(facts), "parts")
+    attempts.forget()
     return facts
 
 

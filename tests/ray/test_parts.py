@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ray.exceptions import RayTaskError
+from ray.experimental import internal_kv
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.config import Config
@@ -74,6 +75,7 @@ def test_many_parts_and_heavy_ones_are_done_by_workers(
     monkeypatch.setenv("RAY_ADDRESS", address)
     wanted = [{"n": n} for n in range(count)]
     found = parts.run_parts(context, "", Squares, {"more": 1}, wanted, **how)
+    assert not internal_kv._internal_kv_list("counted-")  # nothing is left on the cluster
     assert sorted(each["value"] for each in found) == [n**2 + 1 for n in range(count)]
     assert os.getpid() not in {each["process"] for each in found}
 
