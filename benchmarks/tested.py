@@ -6,22 +6,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from measure import RESULTS, parser, report
 
 
-def write(name: str, summary: Callable[[dict[str, Any]], Any], table: Callable[[Any], str]) -> None:
+def write(
+    name: str,
+    description: str | None,
+    summary: Callable[[dict[str, Any]], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    compared: Callable[[dict[str, Any]], tuple[float, float]],
+) -> None:
     """Write ``results/NAME.json`` and ``.md`` from the sweep's output folder that the command line names.
 
-    summary: of what was found on test queries, by collection. table: the summary as Markdown.
+    summary: of what was found on test queries, by collection. table: the summary as Markdown. compared:
+    ndcg@10 of ours and of what it is held against, means over collections; for the last line.
     """
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: python benchmarks/{name}.py OUTPUT_DIR_OF_THE_SWEEP")
-    folder = Path(sys.argv[1])
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/test.json"))}
+    arguments = parser(description)
+    arguments.add_argument("folder", type=Path, help="output_dir of the sweep")
+    given = arguments.parse_args()
+    found = {
+        path.parent.name: json.loads(path.read_text()) for path in sorted(given.folder.glob("*/test.json"))
+    }
     if not found:
-        sys.exit(f"no finished collection in {folder}: run the sweep first")
+        sys.exit(f"no finished collection in {given.folder}: run the sweep first")
     document = summary(found)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(table(document))
-    print(table(document))
+    page = table(document)
+    print(page)
+    if not given.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.md").write_text(page)
+    ours, peer = compared(document)
+    seeds = [{row["seeds"] for row in tested["settings"]} for tested in found.values()]
+    report(
+        name,
+        quick=given.quick,
+        ratio=ours / peer,
+        ours=ours,
+        peer=peer,
+        unit="ndcg@10",
+        equal=all(len(counts) == 1 for counts in seeds),  # as many of every setting, on the same queries
+        **document,
+    )

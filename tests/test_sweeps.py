@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -295,6 +296,7 @@ def test_the_replications_summary_is_computed_from_what_each_collection_found() 
     assert len([line for line in lines if line.startswith("| a |")]) == 2
     assert "p 0.25)" in next(line for line in lines if line.startswith("| a |"))
     assert "| a | +0.1250 (+0.1000 to +0.2000, p 0.04) |" in lines
+    assert module.compared(found) == (pytest.approx(0.5), pytest.approx(0.45))
 
 
 def test_the_table_of_teachers_has_each_as_judge_and_the_student_that_it_trained() -> None:
@@ -306,9 +308,33 @@ def test_the_table_of_teachers_has_each_as_judge_and_the_student_that_it_trained
         for name, judge, student in (("embedded", 0.6, 0.45), ("one domain", 0.7, 0.5))
     ]
     module = benchmark("teachers")
-    found = module.summary({"base": {"ndcg@10": 0.4}, "queries": 10, "settings": rows})
+    document = module.summary({"covidqa": {"base": {"ndcg@10": 0.4}, "queries": 10, "settings": rows}})
+    found = document["collections"]["covidqa"]
     assert found["teachers"]["one domain"]["as judge"]["ndcg@10"] == 0.7
     assert found["teachers"]["one domain"]["its student"]["delta"] == pytest.approx(0.1)
-    lines = module.table({"covidqa": found}).splitlines()
+    lines = module.table(document).splitlines()
     assert lines[-2].startswith("| covidqa | 10 | 0.4000 | embedded | 0.6000 (+0.2000, ")
     assert lines[-1].startswith("| covidqa | 10 | 0.4000 | one domain | 0.7000 (+0.3000, ")
+    assert module.compared(document) == (0.5, 0.4)
+
+
+def test_a_sweeps_script_ends_with_its_json_and_writes_nothing_when_quick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = benchmark("tested")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    collection = tmp_path / "sweep" / "covidqa"
+    collection.mkdir(parents=True)
+    (collection / "test.json").write_text(json.dumps({"settings": [{"seeds": 1}, {"seeds": 2}]}))
+    monkeypatch.setattr(sys, "argv", ["name.py", str(tmp_path / "sweep"), "--quick"])
+    module.write(
+        "name", None, lambda found: {"collections": found}, lambda _: "a table", lambda _: (0.5, 0.4)
+    )
+    *above, last = capsys.readouterr().out.splitlines()
+    said = json.loads(last)
+    assert above == ["a table"] and not (tmp_path / "results").exists()
+    assert (said["benchmark"], said["ratio"], said["equal"]) == ("name", 1.25, False)
+    assert said["collections"]["covidqa"]["settings"][1] == {"seeds": 2}
+    monkeypatch.setattr(sys, "argv", ["name.py", str(tmp_path), "--quick"])
+    with pytest.raises(SystemExit, match="run the sweep first"):
+        module.write("name", None, dict, str, lambda _: (1.0, 1.0))
