@@ -1,4 +1,4 @@
-"""The whole job with store and output in an S3-compatible object store."""
+"""The whole job with store and output in an object store: S3's protocol, and Google Cloud Storage's."""
 
 import json
 import os
@@ -19,31 +19,40 @@ from .conftest import run_job, small_settings
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """``s3://lake`` on a server of its own."""
+SERVERS = {
+    "s3": (["-m", "moto.server", "-H", "127.0.0.1", "-p"], "AWS_ENDPOINT_URL", "PUT", "/lake"),
+    "gs": (
+        ["-m", "gcp_storage_emulator", "start", "--in-memory", "--default-bucket", "lake", "--port"],
+        "CLOUD_STORAGE_EMULATOR_ENDPOINT", "GET", "/storage/v1/b/lake",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=sorted(SERVERS))
+def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """``s3://lake`` or ``gs://lake`` on a server of its own, S3's or Google Cloud Storage's."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    arguments, variable, method, path = SERVERS[request.param]
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, *arguments, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     endpoint = f"http://127.0.0.1:{port}"
     try:
         for _ in range(120):
             try:
-                urllib.request.urlopen(urllib.request.Request(f"{endpoint}/lake", method="PUT"), timeout=5)
+                asked = urllib.request.Request(f"{endpoint}{path}", method=method)
+                urllib.request.urlopen(asked, timeout=5)
                 break
             except OSError:
                 time.sleep(0.5)
         else:
-            pytest.fail("the S3 server did not start")
+            pytest.fail("the server did not start")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-a-secret")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        yield "s3://lake"
+        monkeypatch.setenv(variable, endpoint)
+        yield f"{request.param}://lake"
     finally:
         server.terminate()
         server.wait(timeout=30)
@@ -63,14 +72,14 @@ def test_everything_lies_in_the_bucket(
     ]
     done = run_job("adapt", ["configs/cpu.yaml", *settings])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "s3://lake/run/metrics.json"
+    assert done.stdout.splitlines()[-1] == f"{bucket}/run/metrics.json"
 
-    s3, _ = fs.FileSystem.from_uri(bucket)
-    files = {info.path for info in s3.get_file_info(fs.FileSelector("lake", recursive=True))}
+    there, _ = fs.FileSystem.from_uri(bucket)
+    files = {info.path for info in there.get_file_info(fs.FileSelector("lake", recursive=True))}
     assert {"lake/run/metrics.json", "lake/run/report.html", "lake/run/model/modules.json"} <= files
     assert {path for path in files if path.startswith("lake/run/tensorboard/round-1-") and "tfevents" in path}
     assert not {path for path in files if path.endswith(".tmp") or "/partial-" in path}
-    with s3.open_input_stream("lake/run/metrics.json") as stream:
+    with there.open_input_stream("lake/run/metrics.json") as stream:
         metrics = json.loads(stream.read())
     assert metrics["training"] is not None
     assert set(os.listdir(tmp_path)) == before  # nothing on the disk of whoever started it
