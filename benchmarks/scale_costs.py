@@ -174,15 +174,16 @@ def score(passages: int, case: Case, hardware: Hardware, rates: Mapping[str, flo
     gpu = pairs * 2 * case.teacher * length / (hardware.share * hardware.l4_bfloat16)
     driver = passages * rates["index_us"] / 1e6
     one = parts(passages) * hardware.answer
-    # Read ahead: the ids, the row counts, the hashes; by each worker: pairs, texts, kept scores, two writes
+    # Read ahead: the ids, the row counts, the hashes; by each worker: manifest, texts, kept scores, two writes
     waiting = 4 * one / AT_ONCE + 6 * one / hardware.l4
-    stored = passages * rates["index_bytes"] + pairs * (
-        rates["pair_bytes"] + rates["score_bytes"] + rates["kept_score_bytes"]
-    )
+    layout = passages * rates["index_bytes"] + pairs * rates["pair_bytes"]  # of which every node has a copy
+    stored = layout + pairs * (rates["score_bytes"] + rates["kept_score_bytes"])
+    copying = layout / hardware.network
     return Cost(
-        "score", _hours(gpu / hardware.l4 + driver + waiting), gpu_hours=_hours(gpu),
+        "score", _hours(gpu / hardware.l4 + driver + waiting + copying), gpu_hours=_hours(gpu),
         driver_hours=_hours(driver), waiting_hours=_hours(waiting), stored=stored,
-        moved=passages * rates["corpus_bytes"] + 2 * stored, driver_memory=32.0 * passages,
+        moved=passages * rates["corpus_bytes"] + 2 * stored + (hardware.l4 - 1) * layout, node_disk=layout,
+        driver_memory=32.0 * passages,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from retrieval_ray import sweeps
+from retrieval_ray.artifacts import under
 from retrieval_ray.config_file import with_values
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
@@ -25,11 +26,8 @@ def sweep_all(context: Context, until: str | None) -> str | None:
         return sweep_one(context)
     last, failed = None, []
     for name, values in collections.items():
-        where = f"{context.config.output_dir.rstrip('/')}/{name}"
-        config = with_values(
-            context.config,
-            {**values, "sweep.collections": {}, "output_dir": where, "store": context.store.url},
-        )
+        own = {"output_dir": under(context.config.output_dir, name), "store": context.store_url()}
+        config = with_values(context.config, {**values, **own, "sweep.collections": {}})
         say(f"collection '{name}'")
         try:
             last = sweep_one(context.anew(config=config)) or last

@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 
 Facts = dict[str, Any]
 _OBJECT_STORES = ("s3", "gcs", "abfs")
+_SCHEMES = {"gcs": "gs"}  # where a URL does not begin with the filesystem's name
+_PIECE = 1 << 22  # bytes
 AT_ONCE = 16  # files that are read together where many are read
 MOST_BUCKETS = 65_536  # each a file, and an object store takes its time to answer for each
 _Item = TypeVar("_Item")
@@ -93,7 +95,8 @@ class Location:
     @property
     def url(self) -> str:
         """What a person is told: a path, or a URL."""
-        return self.path if self.is_local else f"{self.filesystem.type_name}://{self.path}"
+        kind = self.filesystem.type_name
+        return self.path if self.is_local else f"{_SCHEMES.get(kind, kind)}://{self.path}"
 
     @property
     def is_local(self) -> bool:
@@ -180,8 +183,14 @@ class Location:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         copy = Location.of(folder) / f"{content}.{self.path.rpartition('.')[2]}"
         if not copy.exists():
-            copy.write(self.read())
+            copy.write_pieces(self.pieces())
         return copy
+
+    def pieces(self) -> Iterator[bytes]:
+        """The file's bytes, some megabytes at a time."""
+        with self.filesystem.open_input_stream(self.path) as stream:
+            while piece := stream.read(_PIECE):
+                yield piece
 
     def read_json(self) -> Any:
         return json.loads(self.read())
@@ -208,6 +217,12 @@ class Location:
             with pa.ipc.new_file(buffer, table.schema) as writer:
                 writer.write_table(table.combine_chunks())
         self.write(buffer.getvalue())
+
+
+def under(url: str, name: str) -> str:
+    """The path or URL of an entry of this folder; what stands behind a URL's ``?`` stays behind."""
+    folder, mark, options = url.partition("?") if "://" in url else (url, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{options}"
 
 
 @dataclass(frozen=True)
@@ -298,7 +313,6 @@ def part_name(prefix: str, number: int, suffix: str) -> str:
 
 def _sha256(location: Location) -> str:
     state = hashlib.sha256()
-    with location.filesystem.open_input_stream(location.path) as stream:
-        while chunk := stream.read(1 << 22):
-            state.update(chunk)
+    for piece in location.pieces():
+        state.update(piece)
     return state.hexdigest()

@@ -27,6 +27,7 @@ from retrieval_ray.artifacts import (
     each,
     part_name,
     stage,
+    under,
 )
 
 FILESYSTEMS = ("local", "url", "subtree", "mock", "fsspec")
@@ -432,3 +433,8 @@ def test_content_changes_with_any_byte_and_any_part(store: Location) -> None:
             here.finish([f"{part}.parquet" for part in parts])
             contents.add(here.content())
     assert len(contents) == 6
+
+
+def test_an_entry_of_a_folder_goes_before_a_urls_options() -> None:
+    assert under("out/run/", "best") == "out/run/best" and under("what?", "best") == "what?/best"
+    assert under("s3://lake/run?region=x&scheme=http", "best") == "s3://lake/run/best?region=x&scheme=http"

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval_ray.errors import UserError
-from retrieval_ray.given import Pair, read_pairs
+from retrieval_ray.given import Pair, ids_without_text, read_pairs
 
 QUERIES, PASSAGES = {"q1": "who sells silk", "7": "seven"}, {"p1": "silk is sold here", "p 2": "spaced"}
 
@@ -73,3 +73,47 @@ def test_a_file_that_is_not_there(tmp_path):
         read(tmp_path / "nowhere.trec")
     with pytest.raises(UserError, match="a folder"):
         read(tmp_path)
+
+
+def test_ids_of_a_run_are_taken_as_they_stand_before_they_are_decoded(tmp_path):
+    path = tmp_path / "run.trec"
+    path.write_text("AC%2FDC Q0 p%2520x%20y 1 9.5 tag\nAC%2FDC Q0 p%201 2 9.4 tag\n")
+    queries, passages = {"AC%2FDC": "raw", "AC/DC": "decoded"}, {"p%20x y": "one", "p 1": "two"}
+    assert read(path, queries, passages) == [
+        Pair("AC%2FDC", "p%20x y", "raw", "one"),
+        Pair("AC%2FDC", "p 1", "raw", "two"),
+    ]
+    assert ids_without_text(str(path)) == (
+        {"AC%2FDC", "AC/DC"},
+        {"p%2520x%20y", "p%20x y", "p%201", "p 1"},
+    )
+
+
+def test_an_id_stands_for_one_text(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"query_id": 1, "passage_id": "p", "query": "a", "passage": "x"},
+        {"query_id": 1, "passage_id": "p", "query": "b", "passage": "x"},
+        {"query_id": 1, "passage_id": "p", "query": "a", "passage": "y"},
+        {"query_id": 1, "passage_id": "p", "query": "a", "passage": "x"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair = Pair("1", "p", "a", "x")
+    assert read(path) == [
+        pair,
+        ("pairs.jsonl, line 2", "conflicting", "query_id 1 stood for another text before"),
+        ("pairs.jsonl, line 3", "conflicting", "passage_id p stood for another text before"),
+        pair,
+    ]
+    assert ids_without_text(str(path)) == (set(), set())
+
+
+def test_a_parquet_row_that_is_not_utf_8_is_malformed(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    broken = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.array([0, 2, 3], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfea")]
+    )
+    pq.write_table(pa.table({"query": broken, "passage": ["x", "y"]}), path)
+    malformed, pair = read(path)
+    assert malformed[:2] == ("pairs.parquet, row 1", "malformed") and "not UTF-8" in malformed[2]
+    assert (pair.query, pair.passage) == ("a", "y")

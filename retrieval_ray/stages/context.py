@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from retrieval_ray import __version__
-from retrieval_ray.artifacts import Location, Stage
+from retrieval_ray.artifacts import Location, Stage, under
 from retrieval_ray.config import Config, to_dict
 from retrieval_ray.forecast import Ledger
 from retrieval_ray.model_files import Model
@@ -56,6 +56,12 @@ class Context:
         return self.chosen_student or Model.of(
             config.model, "student.model", trust_remote_code=config.trust_remote_code
         )
+
+    def store_url(self) -> str:
+        """The store as a config names it, for another run; a URL with the options it was given with."""
+        if self.store.is_local:
+            return self.store.url
+        return self.config.store or under(self.config.output_dir, "store")
 
     def start(self, stage: Stage, label: str) -> bool:
         """Whether this stage must be worked on. Says so when it is reused.

@@ -92,7 +92,9 @@ def trec_lines(evaluated: Stage, system: str, tag: str) -> str:
 
 
 def _unspaced(key: str) -> str:
-    return "".join(quote(c) if c.isspace() else c for c in key)
+    """The id, percent-encoded if it has white space; other ids stay what judgements call them."""
+    spaced = any(c.isspace() for c in key)
+    return "".join(quote(c) if c.isspace() or c == "%" else c for c in key) if spaced else key
 
 
 def _teacher_run(

@@ -46,8 +46,14 @@ def target(form: str, out: str, false_negatives: str) -> Location:
 
 @contextmanager
 def writing(folder: Location) -> Iterator[None]:
-    """What is written meanwhile counts as unfinished until all is there; ``target`` takes such a folder."""
+    """What is written meanwhile counts as unfinished until all is there; ``target`` takes such a folder.
+
+    What a killed export left goes first: it may have been of another format, or of more lists.
+    """
     (folder / _UNFINISHED).write(b"")
+    for name in folder.names():
+        if name != _UNFINISHED:
+            (folder / name).remove()
     yield
     (folder / _UNFINISHED).remove()
 

@@ -14,7 +14,7 @@ from retrieval_ray.config import DatasetConfig
 from retrieval_ray.datasets import rejects_table
 from retrieval_ray.errors import UserError
 from retrieval_ray.filters import Reject
-from retrieval_ray.given import Pair, read_pairs
+from retrieval_ray.given import Pair, ids_without_text, read_pairs
 from retrieval_ray.sources import open_source
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import passage_text
@@ -111,17 +111,16 @@ def some(context: Context, most: int) -> tuple[int, list[Pair]]:
 
 
 def _texts(dataset: DatasetConfig, path: str) -> tuple[dict[str, str], dict[str, str]]:
-    """What the ids of the file stand for; read only where some row has an id without a text."""
-    empty: dict[str, str] = {}
-    if not any(
-        isinstance(found, tuple) and found[1].startswith("unknown_")
-        for found in read_pairs(path, empty, empty)
-    ):
-        return empty, empty
+    """What the ids of the file stand for that some row names without a text; no other text is held."""
+    query_ids, passage_ids = ids_without_text(path)
+    if not query_ids | passage_ids:
+        return {}, {}
     source = open_source(dataset.path)
-    queries = {key: text for _, key, text in source.queries(dataset.split)}
+    queries = {key: text for _, key, text in source.queries(dataset.split) if key in query_ids}
     passages = {
-        key: passage_text(title, text, titles=dataset.titles) for _, key, title, text in source.corpus()
+        key: passage_text(title, text, titles=dataset.titles)
+        for _, key, title, text in source.corpus()
+        if key in passage_ids
     }
     return queries, passages
 

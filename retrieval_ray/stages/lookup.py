@@ -26,7 +26,8 @@ class DenseScorer:
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         number = int(part["number"])
         pairs = pool.read(self.pool, self.corpus, number)
-        vectors = self.passages.part(pool.part_of(self.pool, number))
+        (where,) = pool.corpus_parts(self.pool, [number])
+        vectors = self.passages.part(where)
         row_of = {passage_id: row for row, passage_id in enumerate(vectors.ids)}
         query_D = self.queries.take(pairs.places, "vector")
         by_query: dict[tuple[int, int], list[int]] = defaultdict(list)

@@ -1,5 +1,6 @@
 """Does a teacher score alike on another engine or at another precision? Asked of what the store holds."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +12,9 @@ from retrieval_ray.artifacts import Location, Stage
 from retrieval_ray.negatives import Scores
 from retrieval_ray.stages.collection import Judged
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.scores import all_scores
+from retrieval_ray.stages.scores import part_count, some_scores
+
+_PAIRS = 1_000_000  # that are compared, about
 
 
 def run(context: Context, judged: Judged) -> list[dict[str, Any]]:
@@ -39,11 +42,12 @@ def run(context: Context, judged: Judged) -> list[dict[str, Any]]:
 
 
 def _shared(own: Stage, other: Stage) -> tuple[Scores, Scores]:
-    """Both runs' scores of the pairs that both have judged, by query and passage."""
+    """Both runs' scores of pairs that both have judged, ``_PAIRS`` at most (about), by query and passage."""
     keys = ["query_id", "passage_id"]
-    both = all_scores(own).join(
-        all_scores(other), keys, join_type="inner", right_suffix="_of_other", use_threads=False
-    )
+    parts = min(part_count(own), part_count(other))
+    first = math.ceil(parts * min(1.0, _PAIRS / max(1, int(own.manifest()["rows"]))))
+    one, another = (some_scores(scores, (first, parts)) for scores in (own, other))
+    both = one.join(another, keys, join_type="inner", right_suffix="_of_other", use_threads=False)
     both = both.sort_by([(key, "ascending") for key in keys])
     one_N, other_N = (both.column(name).to_numpy().astype(np.float64) for name in ("score", "score_of_other"))
     return one_N, other_N

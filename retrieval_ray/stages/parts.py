@@ -140,11 +140,13 @@ def run_parts(
         **(resources if gpus else {**resources, "num_gpus": 0}),
     )
     facts = []
-    with progress(label, len(parts)) as advance:
-        for row in dataset.iter_rows():
-            facts.append(json.loads(row["facts"]))
-            advance(len(facts), "parts")
-    attempts.forget()
+    try:
+        with progress(label, len(parts)) as advance:
+            for row in dataset.iter_rows():
+                facts.append(json.loads(row["facts"]))
+                advance(len(facts), "parts")
+    finally:
+        attempts.forget()
     return facts
 
 

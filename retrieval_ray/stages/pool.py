@@ -5,11 +5,12 @@ so the pairs are turned around once, on disk: files of about a million pairs, ea
 a worker reads the few row groups that hold its own. Parts are those of the corpus, cut finer where so many
 queries are asked of it that one would hold much more than ``PER_PART`` pairs: all of a passage's pairs stay
 together. Memory: one such file, and 12 bytes for each passage of the corpus, memory-mapped and so shared by
-the workers of a machine.
+the workers of a machine. Of an object store each machine reads every file once and keeps it on its disk.
 """
 
 import hashlib
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,17 +154,17 @@ def _parts(corpus_parts: int, pairs: int) -> int:
 
 def read(pool: Stage, corpus: Stage, number: int) -> Pairs:
     """The pairs of part ``number``, by passage, then query."""
-    tables = [
-        pq.read_table(
-            f"{pool.folder.path}/{name}",
-            filesystem=pool.folder.filesystem,
-            filters=[("bucket", "=", number)],
-        )
-        for name in pool.parts()
+    manifest = pool.manifest()
+    files = [
+        (pool.folder / name).near(content)
+        for name, content in manifest["parts"].items()
         if name.startswith("pairs-")
     ]
-    table = pa.concat_tables(tables)
-    texts = dict(zip(*part_texts(corpus, part_of(pool, number), "passage"), strict=True))
+    table = pa.concat_tables(
+        pq.read_table(file.path, filesystem=file.filesystem, filters=[("bucket", "=", number)])
+        for file in files
+    )
+    texts = dict(zip(*part_texts(corpus, number % int(manifest["corpus_buckets"]), "passage"), strict=True))
     rows = sorted(zip(*(table.column(c).to_pylist() for c in _SCHEMA.names[1:]), strict=True))
     rows = [row for row in rows if row[0] in texts]  # another passage's hash may be the same
     return Pairs(
@@ -175,14 +176,15 @@ def read(pool: Stage, corpus: Stage, number: int) -> Pairs:
     )
 
 
-def part_of(pool: Stage, number: int) -> int:
-    """The part of the corpus in which the passages of a part of the pairs lie."""
-    return number % int(pool.manifest()["corpus_buckets"])
+def corpus_parts(pool: Stage, numbers: Iterable[int]) -> list[int]:
+    """The parts of the corpus in which the passages of these parts of the pairs lie."""
+    own = int(pool.manifest()["corpus_buckets"])
+    return sorted({number % own for number in numbers})
 
 
 def buckets_of(pool: Stage, passage_ids: list[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
     """(position in passage_ids, part of the pairs) of each passage; two rows where hashes are the same."""
-    table = pool.read(_INDEX)
+    table = (pool.folder / _INDEX).near(f"index-{pool.fingerprint}").read_table()
     hashes, buckets = (table.column(name).to_numpy() for name in ("hash", "bucket"))
     wanted = _hashes(passage_ids)
     first, after = (np.searchsorted(hashes, wanted, side=side) for side in ("left", "right"))

@@ -23,18 +23,19 @@ from retrieval_ray.stages.ingest import judged_passages, passage_text, some_pass
 from retrieval_ray.stages.queries import qrels_of, queries_table, query_row, write_tables
 from retrieval_ray.stages.retrieve import FUSED, rankings_of
 
-VERSION = 2
+VERSION = 3
 _EXECUTION_KEYS = ("checkpoint_minutes",)
 _PAIRS = pa.schema(
     [
-        ("split", pa.string()),  # train: lists to learn; dev: pools in the order of the fused run
+        # train: lists to learn; dev: pools in the order of the fused run; judged: what these do not hold
+        ("split", pa.string()),
         ("list", pa.int32()),  # rows of one list follow one another, the relevant passage first
         ("corpus", pa.string()),
         ("query_id", pa.string()),
         ("passage_id", pa.string()),
         ("query", pa.string()),
         ("passage", pa.string()),
-        ("relevance", pa.int32()),  # 1 or 0 of train, the judgement of dev
+        ("relevance", pa.int32()),  # 1 or 0 of train, else the judgement
     ]
 )
 
@@ -163,7 +164,9 @@ def _pairs(context: Context, corpus: Ranked) -> pa.Table:
         ids = (lesson.relevant_id, *lesson.negative_ids)
         rows += [("train", n, lesson.query_id, p, int(p == lesson.relevant_id)) for p in ids]
     for n, q in enumerate(sorted(dev), len(mined)):
-        rows += [("dev", n, q, p, qrels[q].get(p, 0)) for p in rankings.get(q, [])]
+        pool = rankings.get(q, [])
+        rows += [("dev", n, q, p, qrels[q].get(p, 0)) for p in pool]
+        rows += [("judged", n, q, p, relevance) for p, relevance in qrels[q].items() if p not in pool]
     passages = some_passages(corpus.corpus, {p for _, _, _, p, _ in rows})
     table = queries_table(corpus.queries)
     texts = dict(zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True))
@@ -238,22 +241,24 @@ def _worker(target: Stage, settings: reranker.Settings, threads: int) -> None:
     with tempfile.TemporaryDirectory() as local:
         model.save_pretrained(local)
         Location.of(local).copy_to(target.folder / "model")
-    dev = table.filter(pa.compute.equal(table.column("split"), "dev")).to_pylist()
+    dev = table.filter(pa.compute.not_equal(table.column("split"), "train")).to_pylist()
     (target.folder / "dev.json").write_json(_measured(model, dev))
 
 
 def _measured(model: Any, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By corpus: nDCG@10 of the fused run's pool, and of the same pool in the model's order."""
-    pools: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    judged: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
-        pools.setdefault(row["corpus"], {}).setdefault(row["query_id"], []).append(row)
+        judged.setdefault(row["corpus"], {}).setdefault(row["query_id"], []).append(row)
     found = {}
-    for corpus, queries in pools.items():
-        qrels = {q: {r["passage_id"]: r["relevance"] for r in pool} for q, pool in queries.items()}
-        before = {q: [r["passage_id"] for r in pool] for q, pool in queries.items()}
+    for corpus, queries in judged.items():
+        qrels = {q: {r["passage_id"]: r["relevance"] for r in own} for q, own in queries.items()}
+        pools = {q: [r for r in own if r["split"] == "dev"] for q, own in queries.items()}
+        before = {q: [r["passage_id"] for r in pool] for q, pool in pools.items()}
         after = {
             q: reranker.rerank(model, pool[0]["query"], before[q], [r["passage"] for r in pool])
-            for q, pool in queries.items()
+            for q, pool in pools.items()
+            if pool
         }
         found[corpus] = {
             "queries": float(len(queries)),

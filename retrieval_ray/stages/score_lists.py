@@ -43,7 +43,7 @@ class PooledByQuery:
         wanted = set(passage_ids)
         _, buckets = pool.buckets_of(self.pool, sorted(wanted))
         texts: dict[str, str] = {}
-        for part in sorted({pool.part_of(self.pool, bucket) for bucket in set(buckets.tolist())}):
+        for part in pool.corpus_parts(self.pool, set(buckets.tolist())):
             found = zip(*part_texts(corpus, part, "passage"), strict=True)
             texts.update((key, text) for key, text in found if key in wanted)
         return Pairs(

@@ -36,6 +36,20 @@ def all_scores(scores: Stage, columns: Sequence[str] = _PAIR) -> pa.Table:
     return pa.concat_tables(_tables(scores, columns))
 
 
+def some_scores(scores: Stage, share: tuple[int, int]) -> pa.Table:
+    """Raw scores of the first ``share[0]`` of ``share[1]`` parts, or of what these are in a stage cut finer.
+
+    Parts are powers of two, and part b of n holds what lies in b, b + n, b + 2 n ... of a multiple.
+    """
+    first, of = share
+    names = [part_name("scores", n, "parquet") for n in range(part_count(scores)) if n % of < first]
+    return pa.concat_tables(each(lambda name: scores.read(name, list(_PAIR)), names))
+
+
+def part_count(scores: Stage) -> int:
+    return sum(name.startswith("scores-") for name in scores.parts())
+
+
 class ByQuery:
     """Raw scores by part of the queries table.
 

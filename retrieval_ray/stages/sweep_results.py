@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from retrieval_ray import report_sweep, sweeps
-from retrieval_ray.artifacts import Location
+from retrieval_ray.artifacts import Location, under
 from retrieval_ray.config_file import differences
 from retrieval_ray.errors import UserError
 from retrieval_ray.metrics import Difference, holm, paired_difference
@@ -92,8 +92,8 @@ def _run_best(context: Context, space: Space, best: Setting, output: Location) -
     config = replace(
         Plan.of(context.config, space, trial.point, trial.seed).config,
         sweep=type(context.config.sweep)(),
-        output_dir=f"{context.config.output_dir.rstrip('/')}/best",
-        store=context.store.url,
+        output_dir=under(context.config.output_dir, "best"),
+        store=context.store_url(),
     )
     text = f"# Found by a sweep: {best.name()}. Takes what it can from the sweep's store.\n"
     (output / "best").remove()  # of a sweep that went on another setting may have been the best

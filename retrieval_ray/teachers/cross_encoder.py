@@ -9,8 +9,8 @@ from retrieval_ray.batching import Indices
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_code import Source
 from retrieval_ray.teachers.first_token import read_first_token_alone
-from retrieval_ray.teachers.loading import KEY, load_model, load_tokenizer, longest_input
-from retrieval_ray.teachers.pairs import Scores, in_chunks, inference, padded
+from retrieval_ray.teachers.loading import KEY, load_model, load_tokenizer, longest_input, padding_id
+from retrieval_ray.teachers.pairs import Scores, in_chunks, inference, padded, shortened
 
 
 class CrossEncoder:
@@ -43,15 +43,16 @@ class CrossEncoder:
         self.first_token_alone = read_first_token_alone(self.model)
         self.precision, self.token_budget = precision, token_budget
         self.max_tokens = longest_input(self.tokenizer, self.model, max_tokens)
-        self.padding = self.tokenizer.pad_token_id or 0
+        self.padding = padding_id(self.tokenizer)
+        self.model.config.pad_token_id = self.padding  # a decoder reads its score before the padding
 
     def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:
         """Raw logits of the pairs, in their order."""
         if not queries:
             return np.zeros(0, dtype=np.float32)
         tokens = self.tokenizer(
-            [self._shortened(text) for text in queries],
-            [self._shortened(text) for text in passages],
+            [shortened(self.tokenizer, text, self.max_tokens) for text in queries],
+            [shortened(self.tokenizer, text, self.max_tokens) for text in passages],
             truncation="longest_first",
             max_length=self.max_tokens,
             return_attention_mask=False,
@@ -69,15 +70,3 @@ class CrossEncoder:
 
         with inference(self.device, self.precision):
             return in_chunks([len(row) for row in rows], forward, token_budget=self.token_budget)
-
-    def _shortened(self, text: str) -> str:
-        """A very long text without what is cut in any case.
-
-        The tokenizer makes a pair of every piece it cuts off one text with every piece of the other:
-        two texts of 100,000 characters would keep it busy for hours.
-        """
-        if len(text) <= 16 * self.max_tokens:
-            return text
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ends = [end for _, end in tokens["offset_mapping"][: 2 * self.max_tokens]]
-        return text[: max(ends, default=0)]

@@ -7,9 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrieval_ray.batching import cut_chunks
 from retrieval_ray.student import Student
 from retrieval_ray.teachers.pairs import Scores
 
+_TOGETHER = 16  # batches of passages whose token vectors are held
+_TOKEN = 4  # characters, about
 QueryTokens = Callable[[Sequence[str]], list[Tensor]]  # different texts -> (T, D) each
 
 
@@ -32,16 +35,24 @@ class Late:
         return [vectors_TD.half().float() for vectors_TD in vectors]
 
     def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:
-        """Mean over query tokens of the best passage token; pairs of one passage share its vectors."""
+        """Mean over query tokens of the best passage token; pairs of one passage share its vectors.
+
+        Passages go by length, some batches at a time: memory is the token vectors of so many.
+        """
         by_passage: dict[str, list[int]] = {}
         for at, passage in enumerate(passages):
             by_passage.setdefault(passage, []).append(at)
         different = list(dict.fromkeys(queries))
         query_TD = dict(zip(different, self.query_tokens(different), strict=True))
-        vectors = self.student.token_vectors(list(by_passage), "passage", token_budget=self.token_budget)
         scores = np.zeros(len(queries), dtype=np.float32)
-        for rows, passage_TD in zip(by_passage.values(), vectors, strict=True):
-            scores[rows] = late_interaction([query_TD[queries[at]] for at in rows], passage_TD)
+        different_passages = list(by_passage)
+        characters = [max(1, len(text)) for text in different_passages]
+        for chunk in cut_chunks(characters, _TOGETHER * _TOKEN * self.token_budget):
+            texts = [different_passages[at] for at in chunk]
+            vectors = self.student.token_vectors(texts, "passage", token_budget=self.token_budget)
+            for text, passage_TD in zip(texts, vectors, strict=True):
+                rows = by_passage[text]
+                scores[rows] = late_interaction([query_TD[queries[at]] for at in rows], passage_TD)
         return scores
 
 

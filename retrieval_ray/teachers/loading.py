@@ -68,6 +68,12 @@ def longest_input(tokenizer: Any, model: Any, max_tokens: int) -> int:
     return min(limits)
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills rows up; decoders' tokenizers often have none of their own."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(found) for found in ids if found is not None), 0)
+
+
 def token_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     """The ids of tokens named as text. Raises ``UserError`` for a text that is not one token."""
     found = []

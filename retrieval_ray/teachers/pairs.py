@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -147,6 +148,19 @@ def padded(
 def whole(text: str) -> str:
     """The text with "?" for every half of a surrogate pair, which can be neither stored nor tokenised."""
     return text.encode("utf-8", errors="replace").decode()
+
+
+def shortened(tokenizer: Any, text: str, tokens: int) -> str:
+    """A very long text without what is cut in any case: twice so many tokens are left.
+
+    A tokenizer makes a pair of every piece it cuts off one text with every piece of the other (two texts of
+    100,000 characters would keep it busy for hours), and places of all tokens take more room than the text.
+    """
+    if len(text) <= 16 * tokens:
+        return text
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = [end for _, end in found["offset_mapping"][: 2 * tokens]]
+    return text[: max(ends, default=0)]
 
 
 def _no_memory(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from retrieval_ray.teachers.loading import (
     load_model,
     load_tokenizer,
     longest_input,
+    padding_id,
     token_ids,
 )
 from retrieval_ray.teachers.pairs import Scores, in_chunks, inference, padded
@@ -53,7 +54,7 @@ class Seq2Seq:
         longest = longest_input(self.tokenizer, self.model, max_tokens)
         self.template = Template(self.tokenizer, template or TEMPLATE, max_tokens=longest, ends_open=False)
         self.precision, self.token_budget = precision, token_budget
-        self.padding = self.tokenizer.pad_token_id or 0
+        self.padding = padding_id(self.tokenizer)
         self.start = int(self.model.config.decoder_start_token_id)
 
     def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:

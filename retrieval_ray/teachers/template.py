@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from retrieval_ray.errors import UserError
+from retrieval_ray.teachers.pairs import shortened
 
 _PLACE = re.compile(r"\{(query|passage|instruction)\}")
+_TOGETHER = 256  # prompts that are tokenised together; where their tokens stand takes much room
 _LEAST = 8  # tokens that must remain for query and passage
 
 
@@ -37,7 +39,14 @@ class Template:
 
     def rows(self, queries: Sequence[str], passages: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt."""
-        filled = [self._filled(q, p) for q, p in zip(queries, passages, strict=True)]
+        parts = (slice(at, at + _TOGETHER) for at in range(0, len(queries), _TOGETHER))
+        return [row for part in parts for row in self._rows(queries[part], passages[part])]
+
+    def _rows(self, queries: Sequence[str], passages: Sequence[str]) -> list[list[int]]:
+        filled = [
+            self._filled(*(shortened(self.tokenizer, text, self.max_tokens) for text in pair))
+            for pair in zip(queries, passages, strict=True)
+        ]
         tokens = self.tokenizer(
             [text for text, _ in filled],
             add_special_tokens=self.special,

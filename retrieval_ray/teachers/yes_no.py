@@ -14,6 +14,7 @@ from retrieval_ray.teachers.loading import (
     load_model,
     load_tokenizer,
     longest_input,
+    padding_id,
     token_ids,
 )
 from retrieval_ray.teachers.pairs import Scores, in_chunks, inference, padded
@@ -75,9 +76,7 @@ class YesNo:
         longest = longest_input(self.tokenizer, self.model, max_tokens)
         self.template = prompts(self.tokenizer, longest, template, instruction)
         self.token_budget = token_budget
-        self.padding = next(
-            (i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0
-        )
+        self.padding = padding_id(self.tokenizer)
 
     def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:
         """Raw scores of the pairs, in their order."""

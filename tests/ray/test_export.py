@@ -98,11 +98,15 @@ def test_an_export_that_was_killed_is_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stages.export, "_rows", killed)
+        patch.setattr(stages.export, "_write", killed)
         export.write(context, None, "pylate", str(out))
     assert [path.name for path in out.iterdir()] == ["unfinished"]
-    export.write(context, None, "pylate", str(out))
-    assert not (out / "unfinished").exists() and read(out, "train")
+    left = out / "queries" / "train-lists-0000007.jsonl"
+    left.parent.mkdir()
+    left.write_text("of another format")
+    export.write(context, None, "tevatron", str(out))
+    assert {path.name for path in out.iterdir()} == {"train", "dev", "export.json"}
+    assert read(out, "train")
 
 
 def test_what_is_wrong_is_said_at_once(tmp_path: Path) -> None:

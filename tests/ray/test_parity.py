@@ -31,8 +31,30 @@ def _scored(store: Location, model: str, settings: str, retrieved: Stage, scores
         {"teacher": teacher, "query_id": "q", "passage_id": p, "score": s} for p, s in scores.items()
     ]
     made.write("scores-0000000.parquet", schema.from_rows("scores", rows))
-    made.finish(["scores-0000000.parquet"], teacher=teacher, model=model, settings=settings)
+    made.finish(["scores-0000000.parquet"], teacher=teacher, model=model, settings=settings, rows=len(rows))
     return made
+
+
+def test_of_many_pairs_the_same_parts_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four parts against eight, in which part 1 of four lies in 1 and 5."""
+    store = Location.of(str(tmp_path))
+    stages = []
+    for parts, offset in ((4, 0.0), (8, 0.5)):
+        made = stage(store, "score", {"parts": parts})
+        names = [f"scores-{number:07d}.parquet" for number in range(parts)]
+        for number, name in enumerate(names):
+            rows: list[dict[str, Any]] = [
+                {"teacher": "t", "query_id": "q", "passage_id": f"p{n:02d}", "score": n + offset}
+                for n in range(number, 32, parts)
+            ]
+            made.write(name, schema.from_rows("scores", rows))
+        made.finish(names, rows=32)
+        stages.append(made)
+    monkeypatch.setattr(parity, "_PAIRS", 14)
+    for own, other, apart in ((*stages, 0.5), (*reversed(stages), -0.5)):
+        one, another = parity._shared(own, other)
+        assert [int(score) for score in one] == [n for n in range(32) if n % 4 < 2]
+        assert (another - one).tolist() == [apart] * 16
 
 
 def test_the_same_weights_on_the_same_data_are_compared_and_nothing_else(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from retrieval_ray.config_file import load
@@ -102,6 +104,28 @@ def test_reported_queries_are_never_learned_by_id_or_by_text(tmp_path: Path) -> 
     config.reranker.split = "test:0.5"
     with pytest.raises(UserError, match="could never be judged"):
         reranker.judged_queries(context, config.dataset, source, corpus)
+
+
+def test_what_was_not_retrieved_counts_against_both_orders() -> None:
+    """One of two relevant passages is in the pool, at the second place; the model puts it first."""
+
+    class Model:
+        def predict(self, pairs: list[tuple[str, str]], **_: object) -> npt.NDArray[np.float32]:
+            return np.array([float(text == "right") for _, text in pairs], dtype=np.float32)
+
+    rows = [
+        {"split": split, "corpus": "c", "query_id": "q", "passage_id": passage, "query": "?",
+         "passage": text, "relevance": relevance}
+        for split, passage, text, relevance in (
+            ("dev", "a", "wrong", 0), ("dev", "b", "right", 1), ("judged", "c", "right too", 1)
+        )
+    ]  # fmt: skip
+    ideal = 1 + 1 / np.log2(3)
+    assert reranker._measured(Model(), rows)["c"] == {
+        "queries": 1.0,
+        "retrieved_ndcg@10": pytest.approx(1 / np.log2(3) / ideal),
+        "reranked_ndcg@10": pytest.approx(1 / ideal),
+    }
 
 
 def test_a_stage_to_stop_at_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from retrieval_ray.errors import UserError
 from retrieval_ray.teachers.cross_encoder import CrossEncoder
 from retrieval_ray.teachers.first_token import FirstTokenLayer, read_first_token_alone
 from retrieval_ray.teachers.pairs import judge
+from tests.ray.llm import make_llm
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +153,17 @@ def test_a_teacher_that_was_cut_off_is_the_users_error(cross_encoder_folder, tmp
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=r"teacher\.model: .*model'"):
         teacher_of(str(tmp_path / "model"))
+
+
+def test_a_decoder_whose_config_knows_no_padding_reads_each_texts_own_end(tmp_path, pairs):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    folder = make_llm(tmp_path / "decoder")
+    config = LlamaConfig.from_pretrained(folder, num_labels=1)
+    assert config.pad_token_id is None
+    torch.manual_seed(1)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    teacher = teacher_of(str(folder))
+    alone = [scores_of(teacher, [pair])[0] for pair in pairs]
+    assert np.std(alone) > 0.005
+    np.testing.assert_allclose(scores_of(teacher, pairs), alone, atol=1e-5)

@@ -52,3 +52,21 @@ def test_scores_are_those_of_the_students_token_vectors_in_the_order_of_the_pair
     stored = dict(zip(queries, teacher.query_vectors(queries), strict=True))
     reading = Late(arguments, token_budget=256, query_tokens=lambda texts: [stored[t] for t in texts])
     assert np.array_equal(reading.score(*map(list, zip(*pairs, strict=True))), scores)
+
+
+def test_a_call_holds_the_token_vectors_of_few_passages_and_scores_all(student_folder, words, monkeypatch):
+    arguments = {"model": student_folder, "precision": "float32", "device": "cpu"}
+    teacher = Late(arguments, token_budget=8)
+    passages = [" ".join(words[n : n + 3 + n % 9]) for n in range(60)]
+    queries = [words[n % 5] for n in range(60)]
+    alone = [teacher.score([q], [p])[0] for q, p in zip(queries, passages, strict=True)]
+    asked, whole = [], teacher.student.token_vectors
+
+    def token_vectors(texts, role, *, token_budget):
+        if role == "passage":
+            asked.append(len(texts))
+        return whole(texts, role, token_budget=token_budget)
+
+    monkeypatch.setattr(teacher.student, "token_vectors", token_vectors)
+    assert teacher.score(queries, passages) == pytest.approx(alone, abs=2e-3)
+    assert sum(asked) == len(set(passages)) and max(asked) * 15 < 16 * 4 * 8

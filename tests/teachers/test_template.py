@@ -60,3 +60,18 @@ def test_what_the_tokenizer_sets_at_the_end_is_kept_or_left_out(tokenizer, ends_
         assert row[0] == 0 and (row[-1] == 1) is not ends_open
     own = Template(other, "<s>" + TEXT, max_tokens=100, ends_open=True)
     assert own.rows(["who"], ["silk"])[0].count(0) == 1  # not a second one
+
+
+def test_many_and_very_long_prompts_are_tokenised_in_parts(tokenizer, monkeypatch):
+    template = Template(tokenizer, TEXT, max_tokens=60, ends_open=True)
+    passages = [f"silk {n} " + "silk " * (n % 40) for n in range(600)] + ["silk " * 40_000]
+    expected = [template.rows(["who"], [passage])[0] for passage in passages]
+    texts, whole = [], type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer),
+        "__call__",
+        lambda self, text, **given: texts.append(text) or whole(self, text, **given),
+    )
+    assert template.rows(["who"] * len(passages), passages) == expected
+    together = [text for text in texts if isinstance(text, list)]
+    assert max(map(len, together)) == 256 and max(len(t) for part in together for t in part) < 10_000
