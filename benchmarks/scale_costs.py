@@ -174,7 +174,7 @@ def score(passages: int, case: Case, hardware: Hardware, rates: Mapping[str, flo
     gpu = pairs * 2 * case.teacher * length / (hardware.share * hardware.l4_bfloat16)
     driver = passages * rates["index_us"] / 1e6
     one = parts(passages) * hardware.answer
-    # Read ahead: the ids, the row counts, the hashes; by each worker: manifest, texts, kept scores, two writes
+    # Read ahead: ids, row counts, hashes; by each worker: manifest, texts, kept scores, two writes
     waiting = 4 * one / AT_ONCE + 6 * one / hardware.l4
     layout = passages * rates["index_bytes"] + pairs * rates["pair_bytes"]  # of which every node has a copy
     stored = layout + pairs * (rates["score_bytes"] + rates["kept_score_bytes"])

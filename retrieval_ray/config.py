@@ -292,7 +292,7 @@ class ComputeConfig:
     cpus_per_worker: int = 1
     gpus_per_worker: float | None = None  # null: 1 where the cluster has GPUs; training rounds it up
     autoscale: bool = False  # the cluster starts machines when asked (KubeRay): what it lacks is waited for
-    precision: str | None = None  # float32 | bfloat16; null: probed
+    precision: str | None = None  # float32 | bfloat16 | float16 (training: float32); null: probed
     threads: int | None = None  # per worker; null: the machine's cores shared out
     token_budget: int | None = None  # of one encoding batch, padding included; null: 2,048, on GPUs 16,384
 

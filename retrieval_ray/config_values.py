@@ -24,6 +24,7 @@ MARGIN_SCORES = ("dense", "teacher")
 MEMBERS = (*EMBEDDED, *MODELS)
 TEACHERS = ("embedded", "ensemble", "late", *MODELS)
 TEACHER_ENGINES = ("transformers", "vllm")
+PRECISIONS = ("float32", "bfloat16", "float16")
 ROUTERS = ("released", "softmax", "expert_choice")
 WHERE = ("intermediate", "output")
 TRAINED = ("all", "experts")
@@ -119,7 +120,7 @@ def check(config: Config) -> None:
         ("groups.kinds", config.groups.kinds or [], ("log", *EXTRACTIVE_KINDS, *KINDS)),
         ("sweep.search", [config.sweep.search], SEARCHES),
         ("sweep.test", [config.sweep.test], TESTED),
-        ("compute.precision", [config.compute.precision or "float32"], ("float32", "bfloat16")),
+        ("compute.precision", [config.compute.precision or "float32"], PRECISIONS),
     ):
         for value in chosen:
             need(value in known, f"{key}: '{value}' is not one of {', '.join(known)}")

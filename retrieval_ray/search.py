@@ -47,7 +47,7 @@ class TopK:
     """The running top k of a block of queries over passages that come block by block.
 
     Memory is bounded by ``peak_bytes``. A passage or a query whose vector is not finite is left out.
-    precision: of the product that proposes (``PRECISIONS``); it changes no result.
+    precision: of the product that proposes (float32 if not of ``PRECISIONS``); it changes no result.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class TopK:
         self._best = Best(queries_QD, k)
         self._device = torch.device(device)
         # cuBLAS may add partial sums in bfloat16, which no bound here covers
-        self._dtype = PRECISIONS[precision] if self._device.type == "cpu" else torch.float32
+        cpu = self._device.type == "cpu"
+        self._dtype = PRECISIONS.get(precision, torch.float32) if cpu else torch.float32
         self._queries_QD, self._norm_Q, self._wrong_Q = self._rounded([queries_QD])
         self._longest = self._most_wrong = 0.0  # of all passages: norm, and norm of what rounding changes
         # At most each query's k-th exact score, as far as that is known

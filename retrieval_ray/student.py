@@ -37,9 +37,9 @@ WIDTH = 8
 class Student:
     """Encodes queries and passages; ``embed`` keeps the graph, ``encode`` does not.
 
-    model: what ``resolve_model`` takes. precision: float32 or bfloat16 (while it computes; weights stay
-    float32). Raises ``UserError`` for a model that cannot be loaded and for one whose first module is
-    not a text transformer.
+    model: what ``resolve_model`` takes. precision: float32, bfloat16 or float16 (while it computes; weights
+    stay float32, and so does training where it is float16). Raises ``UserError`` for a model that cannot be
+    loaded and for one whose first module is not a text transformer.
     """
 
     def __init__(
@@ -149,10 +149,10 @@ class Student:
     ) -> npt.NDArray[np.float32]:
         """Embeddings of already tokenised texts, in their order.
 
-        In bfloat16 the transformer runs on weights that are cast once a call, where autocast would cast
+        In half precision the transformer runs on weights that are cast once a call, where autocast would cast
         them in every forward pass; pooling is in float32. On a GPU nothing waits for a chunk's result.
         """
-        forward = self._half() if self.precision == "bfloat16" else self.model
+        forward = self.model if self.precision == "float32" else self._half()
         chunks = cut_chunks([len(row) for row in rows], token_budget)
         found_ND = torch.empty((len(rows), self.dimension), device=self.device)  # chunk by chunk
         start = 0
@@ -168,10 +168,10 @@ class Student:
         return vectors_ND
 
     def _half(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """The model with its transformer in bfloat16; its own weights stay as they are."""
+        """The model with its transformer in half precision; its own weights stay as they are."""
         first, *rest = self.model
         tensors = {
-            name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+            name: tensor.to(getattr(torch, self.precision)) if tensor.is_floating_point() else tensor
             for name, tensor in [*first.named_parameters(), *first.named_buffers()]
             # Rotary angles need float32, and tokens go where they go in training
             if not name.endswith(("inv_freq", "router_EI"))
@@ -241,11 +241,15 @@ class Student:
         return found
 
     def prepare_training(self) -> None:
-        """Choose the attention that goes backward fastest, and keep freed memory.
+        """Choose what goes backward, and the attention that does so fastest; keep freed memory.
+
+        In float16 small gradients would be 0, so what encodes in it trains in float32.
 
         On a CPU in bf16 that is plain matrix products, whose forward and backward take 0.75 to 0.85 of
         the time of torch's fused kernel; they keep every attention probability, so only for short texts.
         """
+        if self.precision == "float16":
+            self.precision = "float32"
         if self.device.type == "cpu":
             keep_freed()
         short = max(self.max_tokens.values()) <= _PLAIN_ATTENTION_TOKENS
@@ -282,11 +286,11 @@ class Student:
 
         Not those of a sharded student: each layer's are gathered for its own time, and casts would stay.
         """
-        if self.precision == "bfloat16":
+        if self.precision != "float32":
             from torch.distributed.fsdp import FSDPModule  # not above: it takes more than a second to import
 
             sharded = isinstance(self.model, FSDPModule)
-            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not sharded)
+            return torch.autocast(self.device.type, getattr(torch, self.precision), cache_enabled=not sharded)
         return contextlib.nullcontext()
 
 
@@ -330,7 +334,7 @@ def _positions(backbone: torch.nn.Module) -> int:
 
 
 def probe_precision(device: str | None = None) -> str:
-    """float32 or bfloat16, whichever this device multiplies faster (at least 1.3 times).
+    """float32, bfloat16 or float16, whichever this device multiplies fastest (at least 1.3 times).
 
     On CPUs bf16 is several times faster with the right instructions and many times slower without,
     so it is measured, on the shapes of a small encoder.
@@ -339,8 +343,10 @@ def probe_precision(device: str | None = None) -> str:
 
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if target.type == "cuda":
-        # emulated, as on GPUs before Ampere, it is slower than float32
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        # emulated, as on GPUs before Ampere, it is slower than float32; Volta and Turing are fast in float16
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        return "float16" if torch.cuda.get_device_capability()[0] >= 7 else "float32"
     layer = torch.nn.Linear(384, 1536)
     inputs = torch.randn(2048, 384)
     seconds: dict[str, float] = {}

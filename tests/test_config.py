@@ -336,7 +336,7 @@ def test_a_value_of_the_wrong_type_names_its_key(path: Path, override: str) -> N
         ("train.moe.where=attention", ["intermediate", "output"]),
         ("train.moe.train=router", ["all", "experts"]),
         ("merge.weights=best", ["load", "uniform"]),
-        ("compute.precision=float16", ["float32", "bfloat16"]),
+        ("compute.precision=float64", ["float32", "bfloat16", "float16"]),
         ("teacher.weights.splade=1", ["late", "bm25", "dense"]),
     ],
 )

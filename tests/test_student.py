@@ -12,7 +12,7 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling, Transformer
 
 from retrieval_ray.errors import UserError
-from retrieval_ray.student import Student
+from retrieval_ray.student import Student, probe_precision
 
 BUDGETS = [1, 50, 400, 100_000]
 PROMPTS = {"query": "find: ", "document": "text here: "}
@@ -175,13 +175,35 @@ def test_training_changes_the_attention_but_neither_vectors_nor_the_saved_model(
     assert "eager" not in (tmp_path / "saved/config.json").read_text()
 
 
-def test_bfloat16_is_near_and_leaves_the_weights_in_float32(student_folder, texts):
-    student = Student(student_folder, precision="bfloat16", device="cpu")
+@pytest.mark.parametrize(("precision", "apart"), [("bfloat16", 0.1), ("float16", 0.01)])
+def test_half_precision_is_near_and_leaves_the_weights_in_float32(student_folder, texts, precision, apart):
+    student = Student(student_folder, precision=precision, device="cpu")
     vectors = student.encode(texts, "query", token_budget=300)
     exact = _student(student_folder).encode(texts, "query", token_budget=300)
-    assert 0 < np.abs(vectors - exact).max() < 0.1
+    assert 0 < np.abs(vectors - exact).max() < apart
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     assert {p.dtype for p in student.model.parameters()} == {torch.float32}
+
+
+def test_what_encodes_in_float16_trains_in_float32(student_folder, texts):
+    student = Student(student_folder, precision="float16", device="cpu")
+    rows = student.tokenize(texts, "query")
+    half = student.embed(rows, "query").detach().numpy()
+    student.prepare_training()
+    exact = _student(student_folder)
+    vectors = student.embed(rows, "query").detach().numpy()
+    assert np.array_equal(vectors, exact.embed(rows, "query").detach().numpy())
+    assert 0 < np.abs(vectors - half).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "capability", "expected"),
+    [(True, (8, 0), "bfloat16"), (False, (7, 5), "float16"), (False, (6, 1), "float32")],
+)
+def test_a_gpu_computes_in_what_it_has_units_for(monkeypatch, bfloat16, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert probe_precision("cuda") == expected
 
 
 def test_bfloat16_encodes_with_the_weights_as_they_are_now(student_folder, texts):

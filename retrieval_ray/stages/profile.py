@@ -17,7 +17,7 @@ from retrieval_ray.student import default_token_budget, probe_precision
 class Profile:
     """Resolved once, by probing, then written down and read again when a run is resumed."""
 
-    precision: str  # float32 | bfloat16
+    precision: str  # float32 | bfloat16 | float16
     device: str  # cpu | cuda
     threads: int  # per worker
     token_budget: int

@@ -53,7 +53,9 @@ class Seq2Seq:
         self.model.set_output_embeddings(TokenHead(self.model.get_output_embeddings(), answers))
         longest = longest_input(self.tokenizer, self.model, max_tokens)
         self.template = Template(self.tokenizer, template or TEMPLATE, max_tokens=longest, ends_open=False)
-        self.precision, self.token_budget = precision, token_budget
+        # T5 was trained in bfloat16, and its sums go beyond what float16 can hold
+        self.precision = "float32" if precision == "float16" else precision
+        self.token_budget = token_budget
         self.padding = padding_id(self.tokenizer)
         self.start = int(self.model.config.decoder_start_token_id)
 

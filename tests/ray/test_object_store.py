@@ -52,7 +52,7 @@ def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-a-secret")
         monkeypatch.setenv(variable, endpoint)
-        yield f"{request.param}://lake"
+        yield f"{request.param}://{'anonymous@' if request.param == 'gs' else ''}lake"
     finally:
         server.terminate()
         server.wait(timeout=30)
@@ -72,7 +72,7 @@ def test_everything_lies_in_the_bucket(
     ]
     done = run_job("adapt", ["configs/cpu.yaml", *settings])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == f"{bucket}/run/metrics.json"
+    assert done.stdout.splitlines()[-1] == f"{bucket.replace('anonymous@', '')}/run/metrics.json"
 
     there, _ = fs.FileSystem.from_uri(bucket)
     files = {info.path for info in there.get_file_info(fs.FileSelector("lake", recursive=True))}
