@@ -16,6 +16,10 @@ LARGEST_SKEW = 2.0  # seconds: S3 refuses requests that are minutes off, logs ar
 LEAST_SPILL = 20 * GIB
 LEAST_STORE = 1 * GIB
 _SPARE_CPUS = 2  # one for the driver of Ray Train, one for Ray Data's own tasks
+_OPEN_PORTS = (
+    "Let nodes reach each other at all of Ray's ports: 6379 of the head, 8076 (--object-manager-port), "
+    "--node-manager-port, and those of workers, 10002 to 19999 (--min-worker-port, --max-worker-port)"
+)
 _ONE_IMAGE = "Start every node from one image, by digest (docker.image in cluster.yaml)"
 
 
@@ -60,6 +64,7 @@ class Node:
     spill_free: float = 0.0
     spill_error: str = ""  # why nothing can be written there
     fetched: float | None = None  # MiB/s, an object from another node; None: there is no other
+    cut_off: str = ""  # what did not come through to it, and why
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,7 @@ def _machine(node: Node, request: Request) -> list[Problem]:
     found = []
     if node.visible_gpus < node.gpus:
         what = f"Ray counts {node.gpus:g} GPU, torch sees {node.visible_gpus}"
-        advice = "Take an image with a CUDA build of torch (Dockerfile, EXTRAS=gpu), or mend its CUDA driver"
+        advice = "Take an image with a CUDA build of torch (Dockerfile, EXTRAS=gpu), or a newer GPU driver"
         found.append(Problem(node.name, what, advice))
     if node.gpus and request.vllm_keys and not node.versions.get("vllm"):
         what = f"vLLM is not installed, and {' and '.join(request.vllm_keys)} asks for it"
@@ -234,6 +239,8 @@ def _machine(node: Node, request: Request) -> list[Problem]:
     if abs(node.skew) > LARGEST_SKEW:
         what = f"its clock is {node.skew:+.1f} s from the driver's"
         found.append(Problem(node.name, what, "Run a time service (chrony) on every node"))
+    if node.cut_off:
+        found.append(Problem(node.name, node.cut_off, _OPEN_PORTS))
     if node.fetched is not None and node.fetched < SLOWEST_NODES:
         what = f"{node.fetched:,.0f} MiB/s from another node"
         advice = "Put all nodes into one zone, with 10 Gbit/s or more: training across nodes needs it"

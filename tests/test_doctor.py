@@ -67,7 +67,8 @@ def test_a_healthy_cluster_has_no_problem() -> None:
             {"spill_error": "[Errno 30] Read-only file system"},
             "n2", "where objects are spilled (/mnt/spill): [Errno 30]", "right to write",
         ),
-        ({"visible_gpus": 0}, "n2", "Ray counts 1 GPU, torch sees 0", "CUDA build"),
+        ({"visible_gpus": 0}, "n2", "Ray counts 1 GPU, torch sees 0", "newer GPU driver"),
+        ({"cut_off": "no object of n1 came through"}, "n2", "no object of n1", "--object-manager-port"),
         ({"skew": -7.5}, "n2", "-7.5 s", "chrony"),
     ],
 )  # fmt: skip
