@@ -140,6 +140,14 @@ def test_vllm_is_asked_for_where_it_is_used() -> None:
     assert problem.where == "n1" and "llm.engine asks for it" in problem.what
 
 
+def test_on_a_cluster_without_gpus_some_node_must_have_vllm() -> None:
+    asked = Request(workers=2, cpus=4, gpus=0, vllm_keys=("llm.engine",))
+    with_it, without = node("n1", gpus=0), node("n2", gpus=0, versions={**VERSIONS, "vllm": None})
+    assert found(with_it, without, request=asked) == [] == found(without)
+    (problem,) = found(without, replace(without, name="n3"), request=asked)
+    assert problem.where == "n2, n3" and "vLLM is not installed" in problem.what
+
+
 def test_the_driver_s_source_counts_too() -> None:
     (problem,) = problems([node("n1")], POOLS, REQUEST, driver_source="b" * 64, silent={})
     assert "source differs" in problem.what and "(driver)" in problem.what

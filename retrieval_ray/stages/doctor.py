@@ -45,10 +45,9 @@ def examine(config: Config) -> tuple[str, bool]:
     alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
     say(f"looking at {len(alive)} nodes")
     nodes, silent = _nodes(config, alive)
-    source = source_sha(SOURCE)
-    found = _datasets(config) + problems(
-        nodes, cluster.pools(config.compute), request_of(config), driver_source=source, silent=silent
-    )
+    source, request = source_sha(SOURCE), request_of(config)
+    pools = cluster.pools(config.compute, request.gpus)
+    found = _datasets(config) + problems(nodes, pools, request, driver_source=source, silent=silent)
     return report(nodes, found), not any(problem.stops for problem in found)
 
 
