@@ -16,6 +16,10 @@ LARGEST_SKEW = 2.0  # seconds: S3 refuses requests that are minutes off, logs ar
 LEAST_SPILL = 20 * GIB
 LEAST_STORE = 1 * GIB
 _SPARE_CPUS = 2  # one for the driver of Ray Train, one for Ray Data's own tasks
+_OPEN_PORTS = (
+    "Let nodes reach each other at all of Ray's ports: 6379 of the head, 8076 (--object-manager-port), "
+    "--node-manager-port, and those of workers, 10002 to 19999 (--min-worker-port, --max-worker-port)"
+)
 _ONE_IMAGE = "Start every node from one image, by digest (docker.image in cluster.yaml)"
 
 
@@ -60,6 +64,7 @@ class Node:
     spill_free: float = 0.0
     spill_error: str = ""  # why nothing can be written there
     fetched: float | None = None  # MiB/s, an object from another node; None: there is no other
+    cut_off: str = ""  # what did not come through to it, and why
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,8 @@ def problems(
     found += [] if pools is None else _request(pools, request)
     found += _versions(nodes, driver_source)
     for node in nodes:
-        found += [*_storage(node), *_models(node), *_machine(node, request)]
-    found += _different_models(nodes)
+        found += [*_storage(node), *_models(node), *_machine(node)]
+    found += [*_vllm(nodes, request), *_different_models(nodes)]
     return sorted(_together(found), key=lambda problem: not problem.stops)
 
 
@@ -151,10 +156,10 @@ def _request(pools: Sequence[Pool], request: Request) -> list[Problem]:
 
 def room(pools: Sequence[Pool], cpus: float, gpus: float) -> int:
     """How many workers the nodes hold, each worker whole on one of them."""
-    return sum(pool.count * _fit(pool, cpus, gpus) for pool in pools)
+    return sum(pool.count * fit(pool, cpus, gpus) for pool in pools)
 
 
-def _fit(pool: Pool, cpus: float, gpus: float) -> int:
+def fit(pool: Pool, cpus: float, gpus: float) -> int:
     """How many workers one node of the pool holds; five fifths of a GPU are one, whatever floats say."""
     asked = ((pool.cpus, cpus), (pool.gpus, gpus))
     return min((int(have / need + 1e-6) for have, need in asked if need > 0), default=0)
@@ -221,19 +226,29 @@ def _different_models(nodes: Sequence[Node]) -> list[Problem]:
     return different
 
 
-def _machine(node: Node, request: Request) -> list[Problem]:
+def _vllm(nodes: Sequence[Node], request: Request) -> list[Problem]:
+    """Nodes with GPUs must have it where it is asked for; where there are none, some node must."""
+    with_gpus = [node for node in nodes if node.gpus]
+    without = [node for node in with_gpus or nodes if not node.versions.get("vllm")]
+    enough = not with_gpus and len(without) < len(nodes)
+    if enough or not request.vllm_keys:
+        return []
+    what = f"vLLM is not installed, and {' and '.join(request.vllm_keys)} asks for it"
+    advice = "Install the gpu extra (EXTRAS=gpu in Dockerfile), or set llm.engine=endpoint"
+    return [Problem(node.name, what, advice) for node in without]
+
+
+def _machine(node: Node) -> list[Problem]:
     found = []
     if node.visible_gpus < node.gpus:
         what = f"Ray counts {node.gpus:g} GPU, torch sees {node.visible_gpus}"
-        advice = "Take an image with a CUDA build of torch (Dockerfile, EXTRAS=gpu), or mend its CUDA driver"
-        found.append(Problem(node.name, what, advice))
-    if node.gpus and request.vllm_keys and not node.versions.get("vllm"):
-        what = f"vLLM is not installed, and {' and '.join(request.vllm_keys)} asks for it"
-        advice = "Install the gpu extra (EXTRAS=gpu in Dockerfile), or set llm.engine=endpoint"
+        advice = "Take an image with a CUDA build of torch (Dockerfile, EXTRAS=gpu), or a newer GPU driver"
         found.append(Problem(node.name, what, advice))
     if abs(node.skew) > LARGEST_SKEW:
         what = f"its clock is {node.skew:+.1f} s from the driver's"
         found.append(Problem(node.name, what, "Run a time service (chrony) on every node"))
+    if node.cut_off:
+        found.append(Problem(node.name, node.cut_off, _OPEN_PORTS))
     if node.fetched is not None and node.fetched < SLOWEST_NODES:
         what = f"{node.fetched:,.0f} MiB/s from another node"
         advice = "Put all nodes into one zone, with 10 Gbit/s or more: training across nodes needs it"

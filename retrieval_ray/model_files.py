@@ -68,12 +68,12 @@ def by_revision(name: str, key: str, *, trust_remote_code: bool = False) -> Mode
 def _commit(name: str, key: str) -> str:
     """``id@commit`` of a hub id."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
         commit = HfApi().model_info(repository, revision=revision or None).sha
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # the hub's, or of whatever HTTP client it is asked with
         try:
             commit = Path(
                 snapshot_download(repository, revision=revision or None, local_files_only=True)

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "configs/grafana/retrieval_ray.json").read_text())
 OURS = {f"ray_{name}_total": {"stage", "collection", *more} for name, _, more in meter.METRICS}
 METRIC = re.compile(r"\bray_\w+")
+COUNTER = re.compile(r"(\w*)\(?(ray_retrieval_ray_\w+)\{[^}]*\}(?:\[([^]]*)\])?")
 
 
 def expressions() -> list[str]:
@@ -31,6 +32,15 @@ def test_sums_are_by_tags_that_the_metric_has() -> None:
         if names[0] in OURS:
             tags = {tag for group in re.findall(r"by \(([^)]*)\)", text) for tag in group.split(", ")}
             assert tags <= set.intersection(*(OURS[name] for name in names)), text
+
+
+def test_what_has_left_the_cluster_stays_in_the_totals() -> None:
+    """Each counter of ours is shown as a rate, or by the most that it was."""
+    counters = [found for text in expressions() for found in COUNTER.findall(text)]
+    assert {name for _, name, _ in counters} == OURS.keys()
+    assert {(how, time) for how, _, time in counters} == {
+        ("rate", "$__rate_interval"), ("max_over_time", "$__range"),
+    }  # fmt: skip
 
 
 def test_the_others_are_those_of_rays_own_dashboards() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.metadata
+import os
 import re
 import subprocess
 import zipfile
@@ -89,6 +90,52 @@ def test_every_node_spills_to_the_mounted_folder(launcher: dict[str, Any]) -> No
     assert "--volume /mnt/spill:/mnt/spill" in launcher["docker"]["run_options"]
 
 
+@pytest.mark.parametrize(
+    ("disks", "mounted", "done"),
+    [
+        (0, "", []),
+        (1, "", ["mkfs.ext4 -qF /dev/nvme1n1", "mount /dev/nvme1n1 /mnt/spill"]),
+        (8, "/mnt/spill", []),
+        (1, "/opt/dlami/nvme", ["mount --bind /opt/dlami/nvme /mnt/spill"]),
+    ],
+)
+def test_a_machine_s_own_disk_holds_copies_and_spilled_objects(
+    launcher: dict[str, Any], tmp_path: Path, disks: int, mounted: str, done: list[str]
+) -> None:
+    """Where it has one, and only once: the launcher says its commands anew with each `ray up`."""
+    models = ["Amazon Elastic Block Store", *["Amazon EC2 NVMe Instance Storage"] * disks]
+    listed = "\n".join(f"/dev/nvme{n}n1 {model}" for n, model in enumerate(models))
+    fakes = {
+        "lsblk": f"echo '{listed}'",
+        "mountpoint": f'[ "$2" = "{mounted}" ]',
+        "sudo": f'echo "$@" >> {tmp_path}/log',
+    }
+    for name, line in fakes.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (command,) = launcher["initialization_commands"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-c", command], env={"PATH": path}, check=True)
+    said = (tmp_path / "log").read_text().splitlines()
+    assert said == ["mkdir -p /mnt/spill", *done, "chmod 1777 /mnt/spill"]
+
+
+def test_copies_lie_where_objects_are_spilled_and_rays_own_files_do_not(launcher: dict[str, Any]) -> None:
+    assert {"--env TMPDIR=/mnt/spill", "--env RAY_TMPDIR=/tmp"} <= set(launcher["docker"]["run_options"])
+    for pod in pods():
+        own = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+        assert own == {"TMPDIR": "/spill", "RAY_TMPDIR": "/tmp"}
+
+
+def test_every_machine_has_a_role_and_the_head_one_of_its_own(launcher: dict[str, Any]) -> None:
+    """The role that Ray makes for a head may not give the workers theirs."""
+    types = launcher["available_node_types"]
+    roles = {name: kind["node_config"]["IamInstanceProfile"]["Arn"] for name, kind in types.items()}
+    head = roles.pop(launcher["head_node_type"])
+    (workers,) = set(roles.values())
+    assert head != workers and all(role.startswith("EDIT: of the ") for role in (head, workers))
+
+
 def test_every_machine_runs_the_image_that_the_user_chose(launcher: dict[str, Any]) -> None:
     """Ray's own default has a driver too old for the container's CUDA."""
     kinds = launcher["available_node_types"].values()
@@ -126,6 +173,19 @@ def test_pods_have_shared_memory_and_room_to_spill_and_no_root() -> None:
         assert pod["securityContext"]["runAsNonRoot"] is True
 
 
+def test_pods_leave_some_of_a_machine_to_kubernetes(launcher: dict[str, Any]) -> None:
+    """One that asks for all of it is never scheduled; and a worker leaves some of its pod to Ray Data."""
+    spec = read("configs/kuberay/rayjob.yaml")["spec"]
+    types = launcher["available_node_types"]
+    (worker,) = re.findall(r"compute\.cpus_per_worker=(\d+)", spec["entrypoint"])
+    for group in spec["rayClusterSpec"]["workerGroupSpecs"]:
+        asked = group["template"]["spec"]["containers"][0]["resources"]
+        assert asked["limits"] == asked["requests"]
+        has = types[group["groupName"]]["resources"]
+        assert int(asked["requests"]["cpu"]) < has["CPU"] and int(worker) < int(asked["requests"]["cpu"])
+        assert int(asked["requests"]["nvidia.com/gpu"]) == has["GPU"]
+
+
 def test_the_ray_job_runs_a_job_of_the_image() -> None:
     spec = read("configs/kuberay/rayjob.yaml")["spec"]
     assert spec["rayClusterSpec"]["rayVersion"] == importlib.metadata.version("ray")
@@ -133,7 +193,7 @@ def test_the_ray_job_runs_a_job_of_the_image() -> None:
     place = re.findall(r"^WORKDIR (\S+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
     assert program == "python" and script.startswith(f"{place[-1]}/") and config.startswith(f"{place[-1]}/")
     assert (ROOT / Path(script).relative_to(place[-1])).is_file()
-    assert load(str(ROOT / Path(config).relative_to(place[-1])), overrides).compute.cpus_per_worker == 7
+    assert load(str(ROOT / Path(config).relative_to(place[-1])), overrides).compute.cpus_per_worker == 6
 
 
 def test_the_image_is_an_official_one_of_the_pinned_ray_and_has_no_root() -> None:

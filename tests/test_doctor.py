@@ -67,7 +67,8 @@ def test_a_healthy_cluster_has_no_problem() -> None:
             {"spill_error": "[Errno 30] Read-only file system"},
             "n2", "where objects are spilled (/mnt/spill): [Errno 30]", "right to write",
         ),
-        ({"visible_gpus": 0}, "n2", "Ray counts 1 GPU, torch sees 0", "CUDA build"),
+        ({"visible_gpus": 0}, "n2", "Ray counts 1 GPU, torch sees 0", "newer GPU driver"),
+        ({"cut_off": "no object of n1 came through"}, "n2", "no object of n1", "--object-manager-port"),
         ({"skew": -7.5}, "n2", "-7.5 s", "chrony"),
     ],
 )  # fmt: skip
@@ -137,6 +138,14 @@ def test_vllm_is_asked_for_where_it_is_used() -> None:
     assert found(head, node("n1"), request=asked) == []
     (problem,) = found(head, node("n1", versions=without), request=asked)
     assert problem.where == "n1" and "llm.engine asks for it" in problem.what
+
+
+def test_on_a_cluster_without_gpus_some_node_must_have_vllm() -> None:
+    asked = Request(workers=2, cpus=4, gpus=0, vllm_keys=("llm.engine",))
+    with_it, without = node("n1", gpus=0), node("n2", gpus=0, versions={**VERSIONS, "vllm": None})
+    assert found(with_it, without, request=asked) == [] == found(without)
+    (problem,) = found(without, replace(without, name="n3"), request=asked)
+    assert problem.where == "n2, n3" and "vLLM is not installed" in problem.what
 
 
 def test_the_driver_s_source_counts_too() -> None:

@@ -182,8 +182,11 @@ def test_a_model_on_a_hub_is_named_by_its_commit_without_a_download_and_offline_
     class Hub:
         def model_info(self, repository: str, revision: str | None) -> object:
             if revision == "gone":
-                raise OSError("no route to host")
+                raise Unreachable("no route to host")
             return type("Info", (), {"sha": "c0ffee"})
+
+    class Unreachable(Exception):
+        """What an HTTP client raises: not always an OSError."""
 
     def cached(repository: str, *, revision: str | None, local_files_only: bool) -> str:
         assert local_files_only

@@ -3,6 +3,9 @@
 import logging
 import math
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,10 @@ from omegaconf import OmegaConf
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from retrieval_ray.config import ComputeConfig
-from retrieval_ray.doctor import Pool, room
+from retrieval_ray.doctor import Pool, fit, room
 from retrieval_ray.errors import UserError
 
+_AMOUNTS = {"CPU": attrgetter("cpus"), "GPU": attrgetter("gpus")}  # of a pool's nodes
 _LAUNCHED = "~/ray_bootstrap_config.yaml"  # what Ray's launcher leaves on the head that it starts
 
 
@@ -72,39 +76,54 @@ def offered(compute: ComputeConfig) -> dict[str, float]:
     A cluster that takes its machines when they are asked for has none when a job begins. How far it grows
     is known of one that Ray's launcher started; of others nothing is asked (``compute.autoscale``).
     """
-    there, types = dict(ray.cluster_resources()), node_types()
+    there, (types, nodes) = dict(ray.cluster_resources()), node_types()
     most = {
-        "CPU": math.inf if compute.autoscale else sum(pool.count * pool.cpus for pool in types),
-        "GPU": math.inf if compute.autoscale else sum(pool.count * pool.gpus for pool in types),
+        name: math.inf if compute.autoscale else sum(of(p) * p.count for p in _fullest(types, nodes, of))
+        for name, of in _AMOUNTS.items()
     }
     return {name: max(there.get(name, 0.0), most.get(name, 0.0)) for name in {*there, *most}}
 
 
-def node_types() -> list[Pool]:
-    """The kinds of nodes that Ray's launcher may start, and how many of each; none on other clusters.
+def node_types() -> tuple[list[Pool], int]:
+    """The kinds of nodes that Ray's launcher may start, and how many of all together; none on other clusters.
 
     Read where the driver runs, on the head: Ray itself does not tell (ray#63012).
     """
     path = Path(_LAUNCHED).expanduser()
     if not given() or not path.is_file():
-        return []
+        return [], 0
     config: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return [
+    types = [
         Pool(
             float(kind["resources"].get("CPU", 0)), float(kind["resources"].get("GPU", 0)),
             int(kind.get("max_workers", 0)),
         )
         for kind in config["available_node_types"].values()
     ]  # fmt: skip
+    return types, int(config["max_workers"])
 
 
-def pools(compute: ComputeConfig) -> list[Pool] | None:
-    """The nodes that are there, or may still come; None where nobody knows how many these are."""
+def _fullest(types: Sequence[Pool], nodes: int, worth: Callable[[Pool], float]) -> list[Pool]:
+    """So many nodes, those first that are worth most."""
+    kept = []
+    for pool in sorted(types, key=worth, reverse=True):
+        kept.append(replace(pool, count=min(pool.count, nodes)))
+        nodes -= kept[-1].count
+    return kept
+
+
+def pools(compute: ComputeConfig, gpus: float) -> list[Pool] | None:
+    """The nodes that are there, or may still come; None where nobody knows how many these are.
+
+    Of those that may come, as many as may be there together: the ones that hold most workers, with so many
+    GPUs each.
+    """
     if compute.autoscale:
         return None
-    if types := node_types():
-        return types
-    return _nodes()
+    types, nodes = node_types()
+    if not types:
+        return _nodes()
+    return _fullest(types, nodes, lambda pool: fit(pool, compute.cpus_per_worker, gpus))
 
 
 def ready(compute: ComputeConfig) -> bool:
@@ -135,7 +154,7 @@ def _check(compute: ComputeConfig, gpus: float, trials: int) -> None:
                 f"cluster has at most {there.get(name, 0):g}. Lower {key}, or give the cluster more"
                 + (" (a local one: compute.logical_cpus)" if name == "CPU" else "")
             )
-    nodes = pools(compute)
+    nodes = pools(compute, gpus)
     if nodes is not None and (fitting := room(nodes, compute.cpus_per_worker, gpus)) < trials * workers:
         raise UserError(
             f"{key}={workers}{at_once}: of workers of {compute.cpus_per_worker} CPU and {gpus:g} GPU, each "

@@ -101,13 +101,15 @@ class Context:
         rows: int,
         worked: int | None = None,
         share: float = 1.0,
+        busy: float | None = None,
         collection: str | None = None,
         **facts: object,
     ) -> None:
         """Write the stage's manifest, with the resolved config, wall time and library versions.
 
         rows: of the stage's table. worked: how many of them this run worked on (None: all of them); their
-        rate is the stage's throughput. share: of the time since it started that was this stage's.
+        rate is the stage's throughput. share: of the time since it started that was this stage's. busy:
+        seconds that workers were at work on these, added up, where that is known; their start is not in it.
         collection: the stage's rows and rejects are counted on it now (meter.py); None: they were as they
         were made, or are nobody's.
         """
@@ -121,14 +123,16 @@ class Context:
         sizes = stage.folder.sizes()
         size = sum(sizes[part] for part in parts)
         happened: dict[str, float] = {"rows": rows}
-        if worked == rows:
+        if worked == rows:  # else an earlier run took time and tokens too
             happened["seconds"] = round(seconds, 3)
-        tokens = facts.get("tokens")
-        if isinstance(tokens, dict):
-            happened |= {"tokens_in": tokens["in"], "tokens_out": tokens["out"]}
+            tokens = facts.get("tokens")
+            if isinstance(tokens, dict):
+                happened |= {"tokens_in": tokens["in"], "tokens_out": tokens["out"]}
         foreseen = self.ledger.ended(stage.fingerprint, size, happened)
         if foreseen:
             facts["forecast"] = foreseen
+        if busy is not None:
+            facts["busy_seconds"] = round(busy, 3)
         stage.finish(
             parts,
             rows=rows,

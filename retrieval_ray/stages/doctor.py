@@ -23,6 +23,7 @@ from retrieval_ray.stages.look import SOURCE, look
 
 _OBJECT_MIB = 32
 _PATIENCE = 900.0  # seconds for a node to answer: it may have to start, and to download models
+_MOMENT = 60.0  # the same, of one that has answered
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,9 @@ def examine(config: Config) -> tuple[str, bool]:
     alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
     say(f"looking at {len(alive)} nodes")
     nodes, silent = _nodes(config, alive)
-    source = source_sha(SOURCE)
-    found = _datasets(config) + problems(
-        nodes, cluster.pools(config.compute), request_of(config), driver_source=source, silent=silent
-    )
+    source, request = source_sha(SOURCE), request_of(config)
+    pools = cluster.pools(config.compute, request.gpus)
+    found = _datasets(config) + problems(nodes, pools, request, driver_source=source, silent=silent)
     return report(nodes, found), not any(problem.stops for problem in found)
 
 
@@ -126,12 +126,11 @@ def _nodes(config: Config, alive: Sequence[Mapping[str, Any]]) -> tuple[list[Nod
             said.append((asked[reference], ray.get(reference)))
             del silent[name]
         except Exception as error:  # of whatever kind: this node is not fit for work
-            silent[name] = str(error).strip().splitlines()[-1]
+            silent[name] = _last_line(error)
     said.sort(key=lambda each: _name(each[0]))
-    fetched = _fetched([node for node, _ in said])
     seen = {key: _names(url, name) for key, (url, name) in places.items()}
     nodes = []
-    for node, facts in said:
+    for (node, facts), (before, _) in zip(said, [*said[-1:], *said[:-1]], strict=True):
         kept = {
             key: replace(place, seen_by_driver=_name(node) in seen[key]) if not place.error else place
             for key, place in facts.pop("storage").items()
@@ -142,9 +141,8 @@ def _nodes(config: Config, alive: Sequence[Mapping[str, Any]]) -> tuple[list[Nod
                 cpus=_has(node, "CPU"),
                 gpus=_has(node, "GPU"),
                 object_store=_has(node, "object_store_memory"),
-                fetched=fetched.get(_name(node)),
-                skew=_skew(node),
                 storage=kept,
+                **_reach(node, before),
                 **facts,
             )
         )
@@ -171,6 +169,20 @@ def _names(url: str, name: str) -> set[str]:
         return set()
 
 
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def _reach(node: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``Node`` says of a node's clock, and of the way from the one before it, where that is another."""
+    try:
+        skew = _skew(node)
+        return {"skew": skew, "fetched": None if before is node else _fetched(node, before)}
+    except Exception as error:  # of whatever kind: a job would meet it too
+        why = f"no answer in {_MOMENT:.0f} s" if isinstance(error, TimeoutError) else _last_line(error)
+        return {"cut_off": f"no task of the driver's, or no object of {_name(before)}, came through: {why}"}
+
+
 def _clock() -> float:
     return time.time()
 
@@ -181,7 +193,7 @@ def _skew(node: Mapping[str, Any]) -> float:
     best, error = 0.0, float("inf")
     for _ in range(3):
         start = time.time()
-        there = ray.get(_on(task, node).remote())
+        there = ray.get(_on(task, node).remote(), timeout=_MOMENT)
         end = time.time()
         if (end - start) / 2 < error:
             best, error = there - (start + end) / 2, (end - start) / 2
@@ -198,14 +210,9 @@ def _fetch(held: Sequence[Any]) -> float:
     return _OBJECT_MIB / (time.perf_counter() - start)
 
 
-def _fetched(nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """MiB/s at which each node gets an object that lies on the one before it, one after another."""
-    if len(nodes) < 2:
-        return {}
-    hold, fetch = ray.remote(num_cpus=0)(_hold), ray.remote(num_cpus=0)(_fetch)
-    speeds = {}
-    for here, there in zip(nodes, [*nodes[1:], nodes[0]], strict=True):
-        held = _on(hold, here).remote()
-        ray.wait([held], fetch_local=False)
-        speeds[_name(there)] = float(ray.get(_on(fetch, there).remote([held])))
-    return speeds
+def _fetched(node: Mapping[str, Any], before: Mapping[str, Any]) -> float:
+    """MiB/s at which a node gets an object that lies on another."""
+    held = _on(ray.remote(num_cpus=0)(_hold), before).remote()
+    if not ray.wait([held], timeout=_MOMENT, fetch_local=False)[0]:
+        raise TimeoutError
+    return float(ray.get(_on(ray.remote(num_cpus=0)(_fetch), node).remote([held]), timeout=_MOMENT))

@@ -5,7 +5,6 @@ parts it has read, named by their content, among its temporary files.
 """
 
 import functools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -82,15 +81,17 @@ def _both(context: Context, collection: Collection, note: str) -> tuple[Stage, S
         ],
         counted=Counted("encode", collection.name),
     )
-    busy = sum(each["seconds"] for each in facts)
+    whole = sum(each["seconds"] for each in facts)
     for role, (texts, target) in todo.items():
         own = [each for each in facts if each["role"] == role]
+        busy = sum(each["seconds"] for each in own)
         context.finish(
             target,
             _names(texts),
             rows=int(texts.manifest()["rows"]),
             worked=sum(each["rows"] for each in own),
-            share=sum(each["seconds"] for each in own) / busy if busy else 1.0,
+            share=busy / whole if whole else 1.0,
+            busy=busy,
             buckets=int(texts.manifest()["buckets"]),
         )
     return passages, queries
@@ -229,7 +230,6 @@ class _Encoder:
         self.student = Student(**student)
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
-        started = time.monotonic()
         role: Role = part["role"]
         texts, target = self.stages[role]
         numbers, rows, read = [int(number) for number in part["numbers"]], 0, 0
@@ -246,7 +246,7 @@ class _Encoder:
                 target.write(part_name("vectors", number, "arrow"), pa.table({"id": ids, "vector": column}))
                 rows += len(ids)
                 read += sum(map(len, tokens))
-        return {"role": role, "rows": rows, "tokens": read, "seconds": time.monotonic() - started}
+        return {"role": role, "rows": rows, "tokens": read}
 
     def _tokenised(self, texts: Stage, number: int, role: Role) -> tuple[list[str], list[Tokens]]:
         ids, rows = part_texts(texts, number, role)

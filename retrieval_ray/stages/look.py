@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import retrieval_ray
-from retrieval_ray.artifacts import Location
+from retrieval_ray.artifacts import Location, digest
 from retrieval_ray.doctor import Found, Place, source_sha
 from retrieval_ray.errors import UserError
 from retrieval_ray.model_files import adapter_sha, by_revision, hub_id, resolve_model, weights_sha
@@ -26,7 +26,8 @@ _PACKAGES = (
     "vllm",
 )  # fmt: skip
 _FILE_MIB = 8
-_SEES_GPUS = "import torch; print(torch.cuda.device_count())"
+# device_count() counts also those whose driver is too old for this torch
+_SEES_GPUS = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
 
 
 def look(
@@ -116,18 +117,57 @@ def place(url: str, folder: str, name: str, mark: bytes) -> Place:
 
 
 def model(name: str, key: str, large: bool) -> Found:
-    """Find the model as a worker would; of one that lies here, look into every file of weights."""
+    """Find the model as a worker would; of one that lies here, look into every file of weights.
+
+    large: it is not downloaded.
+    """
     key = key.partition(" ")[0]
     try:
         if key == "llm.lora":
-            return Found(name, None, adapter_sha(name, key))
+            sha = adapter_sha(name, key)
+            _may_be_fetched(name, key)
+            return Found(name, None, sha)
         if large and hub_id(name):
-            return Found(name, None, by_revision(name, key).sha)
+            sha = by_revision(name, key).sha
+            _may_be_fetched(name, key)
+            return Found(name, None, sha)
+        if large and "://" in name:
+            return Found(name, None, _listed(Location.of(name), key))
         folder = resolve_model(name, key)
         _open_weights(Path(folder))
         return Found(name, None, weights_sha(folder))
     except Exception as error:  # of files, a hub or an object store: the user must read it
         return Found(name, str(error) or type(error).__name__)
+
+
+def _may_be_fetched(name: str, key: str) -> None:
+    """Raises for a gated model that is closed to this node: the commit of one a hub tells to everybody."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError
+
+    if (found := hub_id(name)) is None:
+        return
+    try:
+        HfApi().auth_check(found[0])
+    except GatedRepoError as error:
+        raise UserError(
+            f"{key}: '{name}' is gated: accept its terms on the hub, and give every node the HF_TOKEN of "
+            "the account that did"
+        ) from error
+    except Exception:  # a mirror that does not know the question, or what lies here already
+        return
+
+
+def _listed(folder: Location, key: str) -> str:
+    """A hash of the names and sizes of a model's files; of these many gigabytes only its config is read."""
+    sizes = folder.sizes()
+    if "config.json" not in sizes or not any(name.endswith(".safetensors") for name in sizes):
+        raise UserError(f"{key}: no model at '{folder.url}': it needs a config.json and .safetensors files")
+    try:
+        (folder / "config.json").read_json()
+    except ValueError as error:
+        raise UserError(f"{key}: '{folder.url}/config.json' is not whole: {error}") from error
+    return digest(sizes)
 
 
 def _open_weights(folder: Path) -> None:

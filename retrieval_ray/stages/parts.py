@@ -5,6 +5,7 @@ worker writes its part atomically by itself; only counts come back to the driver
 """
 
 import json
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,13 @@ class PartWorker(Protocol):
 
 
 def _facts(worker: PartWorker, part: dict[str, Any], counted: Counted | None) -> str:
-    """Run one part, and count it; returns its facts as JSON."""
+    """Run one part, and count it; returns its facts as JSON, and the seconds that it took."""
+    began = time.monotonic()
     facts = worker.run(part)
+    seconds = time.monotonic() - began
     if counted is not None:
         counted.part(facts)
-    return json.dumps(facts)
+    return json.dumps({**facts, "seconds": seconds})
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,8 @@ def run_parts(
     gpus: whether a worker takes its share of GPUs, where there are some. light: a part takes a moment and
     no GPU, so that a few of them are done in this process, sooner than a worker has started; so are all
     where this process is ``alone``, unless apart: a worker must have a process of its own. counted: what
-    parts count as, for Prometheus. Returns what the parts returned, in no fixed order. Raises what a worker
-    raised, and ``UserError`` where one part is the death of every worker.
+    parts count as, for Prometheus. Returns what the parts returned, each with its ``seconds``, in no fixed
+    order. Raises what a worker raised, and ``UserError`` where one part is the death of every worker.
     """
     if not parts:
         return []

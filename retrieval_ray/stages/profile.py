@@ -8,6 +8,7 @@ import ray
 import torch
 
 from retrieval_ray.config import ComputeConfig
+from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
 from retrieval_ray.stages.cluster import gpus_per_worker
 from retrieval_ray.student import default_token_budget, probe_precision
@@ -62,6 +63,12 @@ def _probe_worker(compute: ComputeConfig) -> dict[str, Any]:
     say(f"asking the cluster for a worker of {compute.cpus_per_worker} CPU, {gpus:g} GPU")
     task = ray.remote(num_cpus=compute.cpus_per_worker, num_gpus=gpus)(_probe)
     found: dict[str, Any] = ray.get(task.remote(compute))
+    if gpus and found["device"] == "cpu":
+        raise UserError(
+            f"torch finds no GPU in a worker that was given {gpus:g}: its node's driver is too old for this "
+            "torch, or this torch was built without CUDA (Dockerfile, EXTRAS=gpu). jobs/doctor.py names the "
+            "nodes; mend them, or set compute.gpus_per_worker=0 to compute on CPUs"
+        )
     return found | {"threads": compute.cpus_per_worker}  # what Ray set aside for it, not the whole machine
 
 

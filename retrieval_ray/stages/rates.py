@@ -6,7 +6,7 @@ process.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ TEXTS = 256  # that it reads, at most
 _AT_ONCE = 16
 _POOL_STARTS = 6.0  # seconds until Ray's actors are there, on a laptop (LOG.md); a model is loaded on top
 _GROUP_STARTS = 12.0  # the same of a group that trains together
+_START_COUNTS_LITTLE = 120.0  # seconds of a stage of which the start of its workers is a tenth
 _UNKNOWN = Rate(None)
 
 
@@ -57,8 +58,12 @@ class Rates:
         return self.known.get(name, _UNKNOWN)
 
 
-def found(context: Context, judges: Sequence[Judge]) -> Rates:
-    """What finished stages of the store say: the one of each kind that worked on most rows."""
+def found(context: Context, judges: Sequence[Judge], least: float = 0.0) -> Rates:
+    """What finished stages of the store say: the one of each kind that worked on most rows.
+
+    least: seconds of a stage that counts where its workers' start is in its rate, because nobody knows how
+    long they were busy.
+    """
     rates, rows = Rates(), dict[str, int]()
     by_teacher = {
         _teacher(context, judge): judge.name for judge in judges if judge.kind not in ("bm25", "dense")
@@ -73,7 +78,11 @@ def found(context: Context, judges: Sequence[Judge]) -> Rates:
         of, config, worked = facts["identity"], facts["config"], facts["rows_this_run"]
         if not worked or {key: of.get("profile", {}).get(key) for key in numeric} != numeric:
             continue
-        name, per_row = None, facts["seconds"] * config["compute"]["workers"] / worked
+        seconds, workers = facts["seconds"], config["compute"]["workers"]
+        if seconds < (least if "busy_seconds" not in facts else 0.0):
+            continue
+        busy = facts.get("busy_seconds", seconds * workers)
+        name, per_row, start = None, busy / worked, max(0.0, seconds - busy / workers)
         model = config["student"]["model"]
         if kind == "encode":
             own = model == context.config.student.model
@@ -86,7 +95,7 @@ def found(context: Context, judges: Sequence[Judge]) -> Rates:
             size = min(size, config["train"].get("list_sample") or size)
             per_row /= facts["batch_queries"] * (size + 1)
         if name and worked > rows.get(name, 0):
-            rows[name], rates.known[name] = worked, Rate(per_row)
+            rows[name], rates.known[name] = worked, Rate(per_row, start)
             rates.source = "of finished stages in this store"
     if "train" in rates.known:  # dev measures are in it
         rates.known["dev"] = Rate(0.0)
@@ -100,13 +109,14 @@ def sampled(
 
     train: whether a training step is tried too.
     """
-    rates = found(context, judges)
+    possible = not cluster.given() or cluster.ready(context.config.compute)
+    rates = found(context, judges, _START_COUNTS_LITTLE if possible else 0.0)
     passages, queries = list(passages[:TEXTS]), list(queries[:TEXTS]) or list(passages[:8])
     given = (context, judges, passages, queries, rates, train)
+    if not possible:
+        say("no node is up that could hold a worker: no sample is tried")
+        return rates
     if cluster.given():
-        if not cluster.ready(context.config.compute):
-            say("no node is up that could hold a worker: no sample is tried")
-            return rates
         say("a short sample on a worker, for the rates")
         task = ray.remote(**context.worker_resources())(_sampled)
         sampled: Rates = ray.get(task.remote(*given, "a worker"))
@@ -176,8 +186,8 @@ def _encoding(
 
         name = f"encode-{role}{of}"
         known = rates.known.get(name)
-        seconds = known.seconds if known else _per_row(rows, encode)
-        rates.known[name] = Rate(seconds, 0.0 if known else start, tokens)
+        known = known or Rate(_per_row(rows, encode), start)
+        rates.known[name] = replace(known, tokens=tokens)
     if train:
         reading = rates.of("encode-passage")
         dev = rates.known.get("dev", reading)
@@ -188,7 +198,7 @@ def _encoding(
             known = Rate(seconds, _GROUP_STARTS)
         limit = context.config.train.passage_tokens
         tokens = min(tokens, limit or tokens)
-        rates.known["train"] = Rate(known.seconds, known.start, tokens)
+        rates.known["train"] = replace(known, tokens=tokens)
 
 
 def _training(

@@ -217,6 +217,7 @@ def score_parts(
         [*names, *rejects],
         rows=pairs,
         worked=judged,
+        busy=sum(f["seconds"] for f in facts),
         from_cache=cached,
         teacher=str(teacher),
         model=teacher.model,

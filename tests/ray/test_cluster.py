@@ -37,15 +37,33 @@ def nodes_are(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> 
 
 def test_machines_that_the_launcher_may_still_start_count(head: Path) -> None:
     shutil.copy(ROOT / "cluster.yaml", head / "ray_bootstrap_config.yaml")
-    assert Pool(cpus=8, gpus=1, count=16) in cluster.node_types()
-    assert cluster.offered(ComputeConfig()) == {
-        "driver_node": 1.0, "memory": 5.0,
-        "CPU": 2 * (8 * 32 + 16 * 8 + 2 * 96), "GPU": 2 * (16 * 1 + 2 * 8),
+    types, most = cluster.node_types()
+    assert Pool(cpus=8, gpus=1, count=16) in types and most == 24
+    assert cluster.offered(ComputeConfig()) == {  # of 24 nodes, each spot or on demand
+        "driver_node": 1.0, "memory": 5.0, "CPU": 4 * 96 + 16 * 32 + 4 * 8, "GPU": 4 * 8 + 20 * 1,
     }  # fmt: skip
     assert cluster.gpus_per_worker(ComputeConfig()) == 1.0
     cluster.join(ComputeConfig(workers=16, cpus_per_worker=7))
-    with pytest.raises(UserError, match=r"compute.workers=65 needs 65 GPU .* has at most 64"):
-        cluster.join(ComputeConfig(workers=65, cpus_per_worker=1))
+    cluster.join(ComputeConfig(workers=52, cpus_per_worker=7))
+    with pytest.raises(UserError, match=r"compute.workers=53 needs 53 GPU .* has at most 52"):
+        cluster.join(ComputeConfig(workers=53, cpus_per_worker=1))
+
+
+def test_no_more_nodes_are_counted_than_may_be_there_together(head: Path) -> None:
+    """Three: two large ones and a small one."""
+    (head / "ray_bootstrap_config.yaml").write_text(
+        "max_workers: 3\n"
+        "available_node_types:\n"
+        "  head: {resources: {CPU: 0}, max_workers: 0}\n"
+        "  small: {resources: {CPU: 4}, max_workers: 3}\n"
+        "  large: {resources: {CPU: 5}, max_workers: 2}\n"
+    )
+    assert cluster.offered(ComputeConfig())["CPU"] == 2 * 5 + 4
+    cluster.join(ComputeConfig(workers=3, cpus_per_worker=3))
+    with pytest.raises(UserError, match=r"compute.workers=4: .* nodes hold 3"):
+        cluster.join(ComputeConfig(workers=4, cpus_per_worker=3))
+    with pytest.raises(UserError, match=r"compute.workers=5 needs 17 CPU .* has at most 14"):
+        cluster.join(ComputeConfig(workers=5, cpus_per_worker=3))
 
 
 def test_a_cluster_of_fixed_size_is_what_it_is(head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,4 +94,4 @@ def test_another_cluster_s_file_is_not_read_for_a_local_one(
 ) -> None:
     shutil.copy(ROOT / "cluster.yaml", head / "ray_bootstrap_config.yaml")
     monkeypatch.delenv("RAY_ADDRESS")
-    assert cluster.node_types() == []
+    assert cluster.node_types() == ([], 0)

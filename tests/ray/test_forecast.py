@@ -58,6 +58,8 @@ def test_what_was_foreseen_is_what_happened(
             continue
         assert len(own) == len(foreseen[stage])
         for facts in own:
+            if stage.startswith(("encode", "score")):
+                assert 0 < facts["busy_seconds"] <= facts["seconds"]  # of one worker
             rows = facts["forecast"]["rows"]
             assert rows["happened"] == facts["rows"] and facts["forecast"]["seconds"]["happened"] > 0
             if stage in ("groups", "train"):  # how many lists the teacher agrees with is not known before

@@ -3,11 +3,18 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray
+from huggingface_hub.errors import GatedRepoError
+from ray.exceptions import GetTimeoutError
 
+from retrieval_ray.config import ComputeConfig
 from retrieval_ray.config_file import load
-from retrieval_ray.stages import doctor, look
+from retrieval_ray.errors import UserError
+from retrieval_ray.stages import doctor, look, profile
 
 from .conftest import ROOT
 
@@ -86,6 +93,102 @@ def test_a_model_must_be_there_and_whole(student_folder: str, tmp_path: Path) ->
     adapter = look.model(str(cut), "llm.lora", True)
     assert "llm.lora: " in str(adapter.error) and "no adapter of peft's" in str(adapter.error)
     assert "no weights" in str(look.model(str(cut), "student.model", False).error)
+
+
+class Hub:
+    """Tells everybody the commit of a gated model."""
+
+    def model_info(self, repository: str, revision: str | None) -> SimpleNamespace:
+        return SimpleNamespace(sha="1" * 40)
+
+    def auth_check(self, repository: str) -> None:
+        if repository == "org/gated":
+            raise GatedRepoError("ask first", response=SimpleNamespace(headers={}, request=None))
+        if repository == "org/mirrored":
+            raise OSError("no such question")
+
+
+@pytest.mark.parametrize("key", ["llm.model", "llm.lora"])
+def test_a_large_model_of_a_hub_must_be_open_to_this_node(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    for open_one in ("org/open", "org/mirrored"):
+        assert look.model(open_one, key, True).sha == f"{open_one}@{'1' * 40}"
+    found = look.model("org/gated", key, True)
+    assert f"{key}: 'org/gated' is gated" in str(found.error) and "HF_TOKEN" in str(found.error)
+
+
+def test_a_large_model_at_a_url_is_listed_and_not_downloaded(
+    student_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(student_folder, copy)
+    monkeypatch.setattr(look, "resolve_model", None)  # which would download it
+    found = look.model(f"file://{copy}", "teacher.model", True)
+    assert found.error is None and found.sha == look.model(f"file://{copy}", "llm.model", True).sha
+    (weights,) = copy.rglob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert look.model(f"file://{copy}", "teacher.model", True).sha != found.sha
+    weights.unlink()
+    missing = look.model(f"file://{copy}", "teacher.model", True)
+    assert f"teacher.model: no model at '{copy}'" in str(missing.error)
+    (copy / "config.json").write_text("{")
+    weights.touch()
+    assert "config.json' is not whole" in str(look.model(f"file://{copy}", "teacher.model", True).error)
+
+
+def test_gpus_that_torch_cannot_use_are_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML counts them whatever CUDA their driver has."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for available, seen in ((False, 0), (True, 2)):
+        torch = f"class cuda:\n    device_count = lambda: 2\n    is_available = lambda: {available}\n"
+        (tmp_path / "torch.py").write_text(torch)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        assert look._visible_gpus() == seen
+
+
+def test_a_worker_with_gpus_that_finds_none_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all would be computed on the CPUs of machines that are paid for their GPUs."""
+    on_cpu = {"device": "cpu", "precision": "float32", "threads": 2}
+    task = SimpleNamespace(remote=lambda compute: None)
+    monkeypatch.setattr(ray, "remote", lambda **resources: lambda function: task)
+    monkeypatch.setattr(ray, "get", lambda reference: on_cpu)
+    with pytest.raises(UserError, match=r"no GPU in a worker that was given 1: .*driver .*gpus_per_worker=0"):
+        profile.resolve(ComputeConfig(gpus_per_worker=1), {}, on_cluster=True)
+    found = profile.resolve(ComputeConfig(gpus_per_worker=0), {}, on_cluster=True)
+    assert found.device == "cpu"
+
+
+def test_what_does_not_come_through_is_waited_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the driver's tasks and of another node's objects."""
+    nodes = [{"NodeManagerHostname": name, "NodeID": name * 7} for name in ("a", "b")]
+
+    class Task:
+        def __init__(self, function: Any, node: Any) -> None:
+            self.function, self.node = function, node
+
+        def remote(self, *arguments: Any) -> "Task":
+            return self
+
+    def get(task: Task, *, timeout: float) -> float:
+        assert timeout == 60
+        if task.function == stuck:
+            raise GetTimeoutError("not ready")
+        return 1.0
+
+    monkeypatch.setattr(ray, "remote", lambda **resources: lambda function: function)
+    monkeypatch.setattr(doctor, "_on", Task)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", lambda tasks, **how: (tasks, []))
+    stuck: Any = None
+    assert doctor._reach(nodes[1], nodes[0])["fetched"] == 1.0
+    assert doctor._reach(nodes[1], nodes[1])["fetched"] is None  # no other
+    for which in (doctor._clock, doctor._fetch):
+        stuck = which
+        (why,) = doctor._reach(nodes[1], nodes[0]).values()
+        assert "object of a-aaaaaa" in why and why.endswith("no answer in 60 s")
+    monkeypatch.setattr(ray, "wait", lambda tasks, **how: ([], tasks))
+    stuck = None
+    assert doctor._reach(nodes[1], nodes[0]).keys() == {"cut_off"}
 
 
 def test_a_disk_that_takes_no_file_says_why(tmp_path: Path) -> None:
