@@ -3,7 +3,7 @@
     python benchmarks/precision.py [--quick] [--data FOLDER] [--split NAME] [--teacher CROSS_ENCODER]
 
 The student's retrieval, and its candidates reranked by the embedded teacher and by a cross-encoder if one is
-named, each in float32 and in the precision that a run here would use (bfloat16 where it is fast), on judged
+named, each in float32 and in the precision that a run here would use (half, where it is fast), on judged
 queries: of the demo, or of a collection. ``ratio`` is the worst nDCG@10 in that precision over that in
 float32. Equal: each differs by .002 at most.
 """
@@ -46,7 +46,7 @@ def main() -> None:
     for row in judged.qrels.to_pylist():
         qrels.setdefault(row["query_id"], {})[row["passage_id"]] = row["relevance"]
     if given.quick:
-        kept = {passage for relevant in qrels.values() for passage in relevant}
+        kept = dict.fromkeys(passage for relevant in qrels.values() for passage in relevant)
         corpus = {key: corpus[key] for key in [*kept, *(key for key in corpus if key not in kept)][:1000]}
     folder = resolve_model(given.model, "--model")
     runs: dict[str, dict[str, Run]] = {"retrieval": {}, "embedded teacher": {}}

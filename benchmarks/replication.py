@@ -8,6 +8,7 @@ Reads each collection's ``test.json``; writes ``replication.json`` and ``replica
 are the trained models themselves. The lead is the teacher's over the base model.
 """
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ def summary(tested: dict[str, Any]) -> dict[str, Any]:
     collections: dict[str, Any] = {}
     for name, document in tested.items():
         rows = {row["point"]["variant"]: row for row in document["settings"]}
+        if "default" not in rows:
+            sys.exit(f"{name}: the default failed, see {name}/sweep.html; run the sweep again")
         default = rows["default"]
         collections[name] = {
             "base": {"ndcg@10": document["base"]["ndcg@10"]},
@@ -49,9 +52,8 @@ def summary(tested: dict[str, Any]) -> dict[str, Any]:
 def table(document: dict[str, Any]) -> str:
     """The summary as Markdown."""
     collections = document["collections"]
-    variants = [
-        key for key in next(iter(collections.values())) if key not in ("base", "teacher", "queries", "seeds")
-    ]
+    facts = ("base", "teacher", "queries", "seeds")
+    variants = list(dict.fromkeys(key for c in collections.values() for key in c if key not in facts))
     lines = [
         "# Replication: nDCG@10 on test queries",
         "",
@@ -66,6 +68,8 @@ def table(document: dict[str, Any]) -> str:
         cells = [
             f"{c[v]['ndcg@10']:.4f} ({c[v]['delta']:+.4f}, {c[v]['ci95'][0]:+.4f} to {c[v]['ci95'][1]:+.4f}, "
             f"p {c[v].get('p_holm', c[v]['p']):.2g})"
+            if v in c
+            else "failed"
             for v in ("teacher", *variants)
         ]
         start = f"| {name} | {c['queries']} | {c['seeds']} | {c['base']['ndcg@10']:.4f} | "
@@ -79,9 +83,11 @@ def table(document: dict[str, Any]) -> str:
         "|---|" + "---|" * len(others),
     ]
     for name, c in collections.items():
-        beside = [c[v]["against_reference"] for v in others]
+        beside = [c[v]["against_reference"] if v in c else None for v in others]
         cells = [
             f"{d['delta']:+.4f} ({d['ci95'][0]:+.4f} to {d['ci95'][1]:+.4f}, p {d['p_holm']:.2g})"
+            if d
+            else "–"
             for d in beside
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -89,7 +95,9 @@ def table(document: dict[str, Any]) -> str:
     closed = f"{share:.0%}" if share is not None else "it leads nowhere"
     lines += [
         "",
-        f"Mean gain of the default: {document['mean_gain']:+.4f}. Share of the lead closed: {closed}.",
+        f"Mean gain of the default: {document['mean_gain']:+.4f}. Share of the lead closed: {closed}"
+        + "".join(f"; {name} {own:.0%}" for name, own in document["share_of_lead_by_collection"].items())
+        + ".",
         "",
     ]
     return "\n".join(lines)

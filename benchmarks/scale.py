@@ -69,21 +69,21 @@ def main() -> None:
     if not given.page:
         from scale_measured import measured
 
+        written = RESULTS / "scale.json"
+        before = json.loads(written.read_text())["rates"] if written.exists() else {}
         case = Case()
         passages, queries = (2048, 512) if given.quick else (16_384, 4096)
         with tempfile.TemporaryDirectory() as folder:
             rates = measured(
                 folder, passages=passages, queries=queries, text_bytes=case.text_bytes, depth=case.depth
             )
-        before = result("scale")["rates"]
-        ours, peer = (
-            sum(found[key] for key in _MEASURED if key.endswith("_us")) for found in (rates, before)
-        )
-        sizes = [key for key in _MEASURED if key.endswith("_bytes")]
+        known = [key for key in _MEASURED if key in before]
+        ours, peer = (sum(f[key] for key in known if key.endswith("_us")) for f in (rates, before))
+        sizes = [key for key in known if key.endswith("_bytes")]
         report(
             "scale",
             quick=given.quick,
-            ratio=peer / ours,
+            ratio=peer / ours if known else 1.0,
             ours=ours,
             peer=peer,
             unit="microseconds, one row of each stage; the peer is results/scale.json",

@@ -40,18 +40,19 @@ def main() -> None:
     queries, passages = _drawn(query_texts(count, given.data)), passage_texts(count, given.data)
     pairs = list(zip(queries, passages, strict=True))
     precision, budget = probe_precision(device), default_token_budget(device)
+    dtype = getattr(torch, precision)
     with tempfile.TemporaryDirectory() as folder:
         model = resolve_model(given.model, "--model") if given.model else _minilm(folder)
         ours = CrossEncoder(model, max_tokens=_MAX_TOKENS, precision=precision, token_budget=budget)
         exact = CrossEncoder(model, max_tokens=_MAX_TOKENS, precision="float32", token_budget=budget)
         plain = Peer(model, max_length=_MAX_TOKENS, device=device)
         half = Peer(
-            model, max_length=_MAX_TOKENS, device=device, model_kwargs={"dtype": torch.bfloat16}
+            model, max_length=_MAX_TOKENS, device=device, model_kwargs={"dtype": dtype}
         )  # fmt: skip
         cached = _cached(Path(folder), queries, passages)
 
     def theirs(peer: Peer, *, cast: bool = False) -> np.ndarray:
-        with torch.autocast(device, torch.bfloat16, cast):
+        with torch.autocast(device, dtype, cast):
             scores = peer.predict(
                 pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False, convert_to_tensor=True
             )
@@ -62,13 +63,13 @@ def main() -> None:
     difference = float(np.abs(exact.score(queries[some], passages[some]) - expected[some]).max())
     cosine = _cosine(ours.score(queries, passages), expected)
     runs = {"ours": lambda: ours.score(queries, passages), "default": lambda: theirs(plain)}
-    if precision == "bfloat16":
+    if precision != "float32":
         runs["autocast"] = lambda: theirs(plain, cast=True)
-        runs["bfloat16"] = lambda: theirs(half)
+        runs[precision] = lambda: theirs(half)
     seconds = interleaved(runs, given.rounds or (2 if given.quick else 5))
     rates = {name: count / value for name, value in seconds.items()}
     mine = rates.pop("ours")
-    same = max(rate for name, rate in rates.items() if (name == "default") == (precision == "float32"))
+    own = [rate for name, rate in rates.items() if (name == "default") == (precision == "float32")]
     report(
         "score",
         quick=given.quick,
@@ -77,7 +78,7 @@ def main() -> None:
         peer=rates["default"],
         unit="pairs/s",
         equal=difference < 1e-3 and cosine > 0.999,
-        ratio_at_same_precision=mine / same,
+        ratio_at_same_precision=mine / max(own),
         peers=rates,
         cached=cached,
         float32_difference=difference,

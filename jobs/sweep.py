@@ -21,6 +21,8 @@ from retrieval_ray.stages.context import Context
 
 def sweep_all(context: Context, until: str | None) -> str | None:
     """Sweep one collection, or each of several; returns the path of the (last) leaderboard."""
+    if until is not None:
+        raise UserError("--until: a sweep has no stages to stop at; its trials go on to the last")
     collections = context.config.sweep.collections
     if not collections:
         return sweep_one(context)

@@ -4,6 +4,7 @@ A folder without ``manifest.json`` is unfinished. Parts are written to a tempora
 so a part that can be seen is whole. Works on any ``pyarrow.fs`` filesystem.
 """
 
+import fcntl
 import getpass
 import hashlib
 import io
@@ -183,7 +184,10 @@ class Location:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         copy = Location.of(folder) / f"{content}.{self.path.rpartition('.')[2]}"
         if not copy.exists():
-            copy.write_pieces(self.pieces())
+            with open(f"{copy.path}.lock", "w") as lock:  # one process of the machine fetches it for all
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not copy.exists():
+                    copy.write_pieces(self.pieces())
         return copy
 
     def pieces(self) -> Iterator[bytes]:

@@ -82,7 +82,13 @@ def answer(settings: Sequence[Setting], effects: Mapping[str, Sequence[Level]]) 
             "judged ones (dataset.dev_split)."
         )
     lines += [f"Best on dev queries: {best.name()}, gain {best.gain:+.4f}" + _interval(found) + "."]
-    if best.gain <= 0:
+    untrained = sum(trial.status == "untrained" for setting in settings for trial in setting.trials)
+    if untrained:
+        lines.append(
+            f"{untrained} trials trained nothing, because the teacher is not better than the student on "
+            "judged dev queries (the gate); teacher.gate=false trains all the same."
+        )
+    if best.gain <= 0 and not all(trial.status == "untrained" for trial in best.trials):
         lines.append("No setting beats the untouched student on the dev queries: the base model is kept.")
     for name, levels in effects.items():
         lines += _differences(name, levels)

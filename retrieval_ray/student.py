@@ -150,7 +150,8 @@ class Student:
         """Embeddings of already tokenised texts, in their order.
 
         In half precision the transformer runs on weights that are cast once a call, where autocast would cast
-        them in every forward pass; pooling is in float32. On a GPU nothing waits for a chunk's result.
+        them in every forward pass; pooling is in float32. On a GPU nothing waits for a chunk's result. Raises
+        ``UserError`` where a vector is not finite.
         """
         forward = self.model if self.precision == "float32" else self._half()
         chunks = cut_chunks([len(row) for row in rows], token_budget)
@@ -165,6 +166,13 @@ class Student:
             give_back_seldom()  # and not after each chunk: it is asked for again right away
         vectors_ND = np.empty((len(rows), self.dimension), dtype=np.float32)
         vectors_ND[[row for chunk in chunks for row in chunk]] = found_ND.cpu().numpy()
+        if not np.isfinite(vectors_ND).all():
+            lower = (
+                ""
+                if self.precision == "float32"
+                else "; its numbers may be too large: compute.precision=float32"
+            )
+            raise UserError(f"student.model: it gives vectors that are not finite in {self.precision}{lower}")
         return vectors_ND
 
     def _half(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -241,12 +249,11 @@ class Student:
         return found
 
     def prepare_training(self) -> None:
-        """Choose what goes backward, and the attention that does so fastest; keep freed memory.
+        """Choose a precision that can go backward and the attention that does so fastest; keep freed memory.
 
-        In float16 small gradients would be 0, so what encodes in it trains in float32.
-
-        On a CPU in bf16 that is plain matrix products, whose forward and backward take 0.75 to 0.85 of
-        the time of torch's fused kernel; they keep every attention probability, so only for short texts.
+        In float16 small gradients would be 0, so what encodes in it trains in float32. The fastest attention
+        is, on a CPU in bf16, plain matrix products, whose forward and backward take 0.75 to 0.85 of the
+        time of torch's fused kernel; they keep every attention probability, so only for short texts.
         """
         if self.precision == "float16":
             self.precision = "float32"

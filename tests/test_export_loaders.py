@@ -3,9 +3,11 @@
 ``make test`` installs PyLate and FlagEmbedding; Tevatron's present loader comes with its repository alone.
 """
 
+import importlib
+import importlib.util
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -16,13 +18,20 @@ from .test_export import LISTS, lines
 datasets = pytest.importorskip("datasets")
 
 
+def imported(package: str, module: str) -> ModuleType:
+    """A module of a package that is installed; one that does not import is no reason to skip."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"no {package}")
+    return importlib.import_module(module)
+
+
 def written(form: str, folder: Path) -> Path:
     return lines([FORMATS[form](row) for row in LISTS], folder / "train.jsonl")
 
 
 @pytest.mark.parametrize("distilled", [True, False])
 def test_flagembedding(distilled: bool, tmp_path: Path) -> None:
-    abc = pytest.importorskip("FlagEmbedding.abc.finetune.embedder", exc_type=ImportError)
+    abc = imported("FlagEmbedding", "FlagEmbedding.abc.finetune.embedder")
     arguments = abc.AbsEmbedderDataArguments(
         train_data=[str(written("flagembedding", tmp_path))],
         cache_path=str(tmp_path / "cache"),
@@ -41,7 +50,7 @@ def test_flagembedding(distilled: bool, tmp_path: Path) -> None:
 
 
 def test_pylate(tmp_path: Path) -> None:
-    utils = pytest.importorskip("pylate.utils", exc_type=ImportError)
+    utils = imported("pylate", "pylate.utils")
     passages = {p.passage_id: p.read for row in LISTS for p in row.passages}
     queries = datasets.Dataset.from_list([{"query_id": r.query_id, "text": r.query} for r in LISTS])
     documents = datasets.Dataset.from_list([{"document_id": p, "text": t} for p, t in passages.items()])
@@ -56,7 +65,7 @@ def test_pylate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("distilled", [True, False])
 def test_tevatron(distilled: bool, tmp_path: Path) -> None:
-    dataset = pytest.importorskip("tevatron.retriever.dataset", exc_type=ImportError)
+    dataset = imported("tevatron", "tevatron.retriever.dataset")
     arguments = sys.modules["tevatron.retriever.arguments"].DataArguments(
         dataset_name="json",
         dataset_path=str(written("tevatron", tmp_path)),

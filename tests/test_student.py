@@ -196,6 +196,15 @@ def test_what_encodes_in_float16_trains_in_float32(student_folder, texts):
     assert 0 < np.abs(vectors - half).max() < 0.01
 
 
+def test_vectors_that_are_not_finite_are_the_users_error(student_folder, texts):
+    """Some models' numbers are too large for float16."""
+    student = Student(student_folder, precision="float16", device="cpu")
+    with torch.no_grad():
+        student.model[0].auto_model.embeddings.LayerNorm.weight.mul_(1e5)
+    with pytest.raises(UserError, match="not finite in float16.*compute.precision=float32"):
+        student.encode(texts, "query", token_budget=300)
+
+
 @pytest.mark.parametrize(
     ("bfloat16", "capability", "expected"),
     [(True, (8, 0), "bfloat16"), (False, (7, 5), "float16"), (False, (6, 1), "float32")],

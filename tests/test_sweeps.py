@@ -231,7 +231,7 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = {
     "lambda": 5, "threshold": 9, "experts": 12, "query_kinds": 13, "loss": 7, "negatives": 9, "scale": 3,
     "teachers": 3, "query_source": 3, "ablation": 9, "replication": 7,
-    "recipe": 9, "teacher_mixes": 4,
+    "recipe": 9, "teacher_mixes": 5,
 }  # fmt: skip
 
 
@@ -296,7 +296,16 @@ def test_the_replications_summary_is_computed_from_what_each_collection_found() 
     assert len([line for line in lines if line.startswith("| a |")]) == 2
     assert "p 0.25)" in next(line for line in lines if line.startswith("| a |"))
     assert "| a | +0.1250 (+0.1000 to +0.2000, p 0.04) |" in lines
+    assert lines[-1] == "Mean gain of the default: +0.0500. Share of the lead closed: 50%; a 50%."
     assert module.compared(found) == (pytest.approx(0.5), pytest.approx(0.45))
+    lacking = {"a": collection(0.4, 0.6, 0.5, 0.55), "b": collection(0.5, 0.4, 0.5, 0.45)}
+    del lacking["a"]["settings"][1]  # kl failed on the first collection
+    lines = module.table(module.summary(lacking)).splitlines()
+    assert lines[4].endswith("| default | kl |") and any(line.endswith("| failed |") for line in lines)
+    assert "| a | – |" in lines
+    del lacking["b"]["settings"][0]
+    with pytest.raises(SystemExit, match="b: the default failed"):
+        module.summary(lacking)
 
 
 def test_the_table_of_teachers_has_each_as_judge_and_the_student_that_it_trained() -> None:

@@ -27,6 +27,7 @@ from retrieval_ray.stages.queries import queries_table
 
 LISTS_PER_FILE = 10_000
 FALSE_NEGATIVES = ("keep", "drop")
+_OURS = ("train", "dev", "queries", "documents", "export.json")
 _UNFINISHED = "unfinished"  # stands beside files of an export that has not ended
 
 
@@ -52,7 +53,7 @@ def writing(folder: Location) -> Iterator[None]:
     """
     (folder / _UNFINISHED).write(b"")
     for name in folder.names():
-        if name != _UNFINISHED:
+        if name in _OURS:
             (folder / name).remove()
     yield
     (folder / _UNFINISHED).remove()

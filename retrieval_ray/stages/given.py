@@ -18,7 +18,7 @@ from retrieval_ray.given import Pair, ids_without_text, read_pairs
 from retrieval_ray.sources import open_source
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import passage_text
-from retrieval_ray.stages.pool import Pairs
+from retrieval_ray.stages.pool import Pairs, rows_of
 
 VERSION = 1
 _PER_PART = 4_096  # pairs of a part, about
@@ -36,16 +36,8 @@ class Given:
 
     def read(self, number: int) -> Pairs:
         """The different pairs of part ``number``, in the order in which they were given."""
-        tables = [
-            pq.read_table(
-                f"{self.stage.folder.path}/{name}",
-                filesystem=self.stage.folder.filesystem,
-                filters=[("bucket", "=", number)],
-            )
-            for name in self.stage.parts()
-            if name.startswith("pairs-")
-        ]
-        rows = sorted(pa.concat_tables(tables).to_pylist(), key=lambda row: int(row["row"]))
+        tables = rows_of(self.stage, number)
+        rows = sorted(tables.to_pylist(), key=lambda row: int(row["row"]))
         rows = list({(row["query_id"], row["passage_id"]): row for row in rows}.values())
         query_ids, passage_ids, queries, passages = ([str(row[name]) for row in rows] for name in _TEXTS)
         return Pairs(query_ids, passage_ids, queries, passages, places=[])

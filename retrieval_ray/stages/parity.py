@@ -45,7 +45,8 @@ def _shared(own: Stage, other: Stage) -> tuple[Scores, Scores]:
     """Both runs' scores of pairs that both have judged, ``_PAIRS`` at most (about), by query and passage."""
     keys = ["query_id", "passage_id"]
     parts = min(part_count(own), part_count(other))
-    first = math.ceil(parts * min(1.0, _PAIRS / max(1, int(own.manifest()["rows"]))))
+    rows = max(1, *(int(scores.manifest()["rows"]) for scores in (own, other)))
+    first = math.ceil(parts * min(1.0, _PAIRS / rows))
     one, another = (some_scores(scores, (first, parts)) for scores in (own, other))
     both = one.join(another, keys, join_type="inner", right_suffix="_of_other", use_threads=False)
     both = both.sort_by([(key, "ascending") for key in keys])

@@ -154,17 +154,8 @@ def _parts(corpus_parts: int, pairs: int) -> int:
 
 def read(pool: Stage, corpus: Stage, number: int) -> Pairs:
     """The pairs of part ``number``, by passage, then query."""
-    manifest = pool.manifest()
-    files = [
-        (pool.folder / name).near(content)
-        for name, content in manifest["parts"].items()
-        if name.startswith("pairs-")
-    ]
-    table = pa.concat_tables(
-        pq.read_table(file.path, filesystem=file.filesystem, filters=[("bucket", "=", number)])
-        for file in files
-    )
-    texts = dict(zip(*part_texts(corpus, number % int(manifest["corpus_buckets"]), "passage"), strict=True))
+    table, (where,) = rows_of(pool, number), corpus_parts(pool, [number])
+    texts = dict(zip(*part_texts(corpus, where, "passage"), strict=True))
     rows = sorted(zip(*(table.column(c).to_pylist() for c in _SCHEMA.names[1:]), strict=True))
     rows = [row for row in rows if row[0] in texts]  # another passage's hash may be the same
     return Pairs(
@@ -173,6 +164,19 @@ def read(pool: Stage, corpus: Stage, number: int) -> Pairs:
         queries=[row[2] for row in rows],
         passages=[texts[row[0]] for row in rows],
         places=[(row[3], row[4]) for row in rows],
+    )
+
+
+def rows_of(pairs: Stage, number: int) -> pa.Table:
+    """The rows of part ``number``, out of every file of pairs."""
+    files = [
+        (pairs.folder / name).near(content)
+        for name, content in pairs.manifest()["parts"].items()
+        if name.startswith("pairs-")
+    ]
+    return pa.concat_tables(
+        pq.read_table(file.path, filesystem=file.filesystem, filters=[("bucket", "=", number)])
+        for file in files
     )
 
 

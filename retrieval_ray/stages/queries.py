@@ -76,7 +76,8 @@ def asked(context: Context, dataset: DatasetConfig, source: Source, corpus: Stag
     for split in judged.values():
         for warning in split.warnings:
             say(f"warning: {warning}")
-    return Asked(judged, _log(context.config.queries, dataset, source, judged), sources)
+    log = _log(context.config.queries, dataset, source, judged) if "log" in sources else {}
+    return Asked(judged, log, sources)
 
 
 def run(

@@ -82,7 +82,8 @@ def found(context: Context, judges: Sequence[Judge], least: float = 0.0) -> Rate
         if seconds < (least if "busy_seconds" not in facts else 0.0):
             continue
         busy = facts.get("busy_seconds", seconds * workers)
-        name, per_row, start = None, busy / worked, max(0.0, seconds - busy / workers)
+        at_work = min(workers, len(facts["parts"]))
+        name, per_row, start = None, busy / worked, max(0.0, seconds - busy / at_work)
         model = config["student"]["model"]
         if kind == "encode":
             own = model == context.config.student.model

@@ -31,6 +31,7 @@ from retrieval_ray.sweeps import Choices, Point, Range, Space, Trial
 
 _ROW = ("epoch", "step", "dev_ndcg@10", "teacher_ndcg@10", "dev_kl", "gain")  # of what a trial reports
 
+_NEVER = 2**20  # epochs that no trial reaches
 _WORST = -1.0  # nDCG can fall no further
 _FAILURES = 2  # of a trial, that machines taken away and full memories may cause
 
@@ -116,7 +117,7 @@ def _tuned(
         scheduler = tune.schedulers.ASHAScheduler(
             time_attr="epoch",
             grace_period=how.asha_epochs,
-            max_t=config.train.max_epochs + 1,
+            max_t=_NEVER,  # a trial that ASHA leaves alone goes on to its own last epoch
             reduction_factor=how.asha_factor,
         )
     storage = Location.of(config.output_dir) / ".tune"

@@ -79,7 +79,7 @@ def write(context: Context, space: Space, trials: list[Trial]) -> Location:
     for line in report_sweep.saved_lines(trials):
         say(line)
     _run_best(context, space, best, output)
-    say(f"page: {config.output_dir}/sweep.html, best config: {config.output_dir}/best.yaml")
+    say(f"page: {(output / 'sweep.html').url}, best config: {(output / 'best.yaml').url}")
     return output / "leaderboard.parquet"
 
 

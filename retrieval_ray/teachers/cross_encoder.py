@@ -43,7 +43,7 @@ class CrossEncoder:
         self.first_token_alone = read_first_token_alone(self.model)
         self.precision, self.token_budget = precision, token_budget
         self.max_tokens = longest_input(self.tokenizer, self.model, max_tokens)
-        self.padding = padding_id(self.tokenizer)
+        self.padding = padding_id(self.tokenizer, self.model)
         self.model.config.pad_token_id = self.padding  # a decoder reads its score before the padding
 
     def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:

@@ -68,9 +68,9 @@ def longest_input(tokenizer: Any, model: Any, max_tokens: int) -> int:
     return min(limits)
 
 
-def padding_id(tokenizer: Any) -> int:
-    """The token that fills rows up; decoders' tokenizers often have none of their own."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+def padding_id(tokenizer: Any, model: Any) -> int:
+    """The token that fills rows up: the tokenizer's, the model's, or one with which no row ends."""
+    ids = (tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None))
     return next((int(found) for found in ids if found is not None), 0)
 
 

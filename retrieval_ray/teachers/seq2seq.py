@@ -56,7 +56,7 @@ class Seq2Seq:
         # T5 was trained in bfloat16, and its sums go beyond what float16 can hold
         self.precision = "float32" if precision == "float16" else precision
         self.token_budget = token_budget
-        self.padding = padding_id(self.tokenizer)
+        self.padding = padding_id(self.tokenizer, self.model)
         self.start = int(self.model.config.decoder_start_token_id)
 
     def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:

@@ -76,7 +76,7 @@ class YesNo:
         longest = longest_input(self.tokenizer, self.model, max_tokens)
         self.template = prompts(self.tokenizer, longest, template, instruction)
         self.token_budget = token_budget
-        self.padding = padding_id(self.tokenizer)
+        self.padding = padding_id(self.tokenizer, self.model)
 
     def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:
         """Raw scores of the pairs, in their order."""

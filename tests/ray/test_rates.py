@@ -30,16 +30,18 @@ def finished(context: Context, name: str, identity: dict[str, Any], **facts: Any
         "train": {},
     }
     identity = {**identity, "profile": context.profile.numeric()}
-    (context.store / name / "manifest.json").write_json({"identity": identity, "config": config, **facts})
+    (context.store / name / "manifest.json").write_json(
+        {"identity": identity, "config": config, "parts": dict.fromkeys("ab", ""), **facts}
+    )
 
 
 def test_the_start_of_workers_is_no_part_of_a_row(context: Context) -> None:
-    """100 rows in 20 s by 16 workers, of which one was busy, for 2 s."""
+    """100 rows of two parts in 20 s; of 16 workers two were busy, for a second each."""
     small = {"rows": 100, "rows_this_run": 100, "seconds": 20.0, "busy_seconds": 2.0}
     finished(context, "encode-1", {"role": "passage"}, **small)
     found = rates.found(context, []).of("encode-passage")
     assert found.seconds == pytest.approx(2 / 100)
-    assert found.of(100, 16) == pytest.approx(20)  # as it was
+    assert found.start == pytest.approx(19) and found.of(100, 2) == pytest.approx(20)  # as it was
     million = found.of(10**6, 16)
     assert million is not None and 1250 < million < 1270  # not the 200,000 s of ten thousand such stages
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder as Peer
+from tokenizers.processors import TemplateProcessing
 
 from retrieval_ray.errors import UserError
 from retrieval_ray.teachers.cross_encoder import CrossEncoder
@@ -156,15 +157,26 @@ def test_a_teacher_that_was_cut_off_is_the_users_error(cross_encoder_folder, tmp
         teacher_of(str(tmp_path / "model"))
 
 
-def test_a_decoder_whose_config_knows_no_padding_reads_each_texts_own_end(tmp_path, pairs):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+@pytest.mark.parametrize("padding", [True, False])
+def test_a_decoder_whose_config_knows_no_padding_reads_each_texts_own_end(tmp_path, pairs, padding):
+    """Against the library, pair by pair; without padding of the tokenizer's either, rows end in eos."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
     folder = make_llm(tmp_path / "decoder")
     config = LlamaConfig.from_pretrained(folder, num_labels=1)
     assert config.pad_token_id is None
     torch.manual_seed(1)
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    teacher = teacher_of(str(folder))
-    alone = [scores_of(teacher, [pair])[0] for pair in pairs]
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not padding:
+        tokenizer.pad_token = None
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            pair="$A $B:1 </s>:1", special_tokens=[("</s>", tokenizer.eos_token_id)]
+        )
+        tokenizer.save_pretrained(folder)
+    cut = {"truncation": "longest_first", "max_length": 512, "return_tensors": "pt"}
+    with torch.inference_mode():
+        alone = [float(model(**tokenizer(*pair, **cut)).logits) for pair in pairs]
     assert np.std(alone) > 0.005
-    np.testing.assert_allclose(scores_of(teacher, pairs), alone, atol=1e-5)
+    np.testing.assert_allclose(scores_of(teacher_of(str(folder)), pairs), alone, atol=1e-5)
