@@ -98,7 +98,7 @@ def _pair(where: str, row: Any, known: Mapping[str, Mapping[str, str]]) -> Pair 
 def _values(row: dict[str, Any]) -> dict[str, str | None] | None:
     """The columns that count, as text; None where one is something else."""
     values = {key: row.get(key) for key in _COLUMNS}
-    if any(value is not None and not isinstance(value, str | int) for value in values.values()):
+    if any(isinstance(v, bool) or not isinstance(v, str | int | None) for v in values.values()):
         return None
     return {
         # half a surrogate pair can be written nowhere

@@ -79,14 +79,18 @@ def combine(
     return mixed
 
 
-def with_similarities(pool: Pool, ranking: Ranking) -> Pool:
-    """The pool with the dense retriever's scores of its passages."""
+def with_similarities(pool: Pool, ranking: Ranking, judged_N: Scores | None = None) -> Pool:
+    """The pool with the dense retriever's scores of its passages.
+
+    judged_N: the same of every passage, where a teacher gives them. They stand in for what an approximate
+    index has missed: over the lowest score of an exact ranking is nothing that is not in it.
+    """
     similar = dict(ranking)
-    return replace(
-        pool,
-        similarities_N=np.array([similar.get(p, np.nan) for p in pool.passage_ids]),
-        floor=min(similar.values(), default=0.0),
-    )
+    floor = min(similar.values(), default=0.0)
+    known = np.full(len(pool.passage_ids), np.nan) if judged_N is None else judged_N
+    missed = np.where(known > floor, known, np.nan)
+    found = [similar.get(p, own) for p, own in zip(pool.passage_ids, missed.tolist(), strict=True)]
+    return replace(pool, similarities_N=np.array(found), floor=floor)
 
 
 @dataclass(frozen=True)

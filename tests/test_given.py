@@ -39,6 +39,7 @@ def test_a_table_of_texts_as_jsonl(tmp_path):
         {"query": "a \ud83d", "passage": ""},
         {"query": None, "passage": "b"},
         {"query": ["a"], "passage": "b"},
+        {"query": True, "passage": "b"},
         [1],
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n" + "\n")
@@ -49,8 +50,8 @@ def test_a_table_of_texts_as_jsonl(tmp_path):
         Pair("7", "p1", "seven", "another text"),  # a text that is given counts
         Pair(sha["a ?"], sha[""], "a ?", ""),
     ]
-    assert [row[1] for row in found[3:]] == ["malformed"] * 4
-    assert found[3][2] == "neither query nor query_id" and found[6][0] == "pairs.jsonl, line 7"
+    assert [row[1] for row in found[3:]] == ["malformed"] * 5
+    assert found[3][2] == "neither query nor query_id" and found[7][0] == "pairs.jsonl, line 8"
 
 
 def test_parquet_and_other_columns(tmp_path):

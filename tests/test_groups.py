@@ -277,3 +277,11 @@ def test_similarities_join_a_pool_by_passage() -> None:
     found = with_similarities(pool, [("c", 0.9), ("z", 0.8), ("a", 0.5)])
     np.testing.assert_array_equal(found.similarities_N, [0.5, np.nan, 0.9])
     assert found.floor == 0.5 and found.passage_ids == pool.passage_ids
+
+
+def test_what_an_index_missed_has_the_similarity_that_a_teacher_gave_it() -> None:
+    """b is nearer than the last that was found, so an exact search would have had it; d would it not."""
+    pool = Pool("q", "log", None, ["a", "b", "c", "d"], np.array([4.0, 3.0, 2.0, 1.0]))
+    found = with_similarities(pool, [("c", 0.9), ("a", 0.5)], np.array([0.5, 0.7, 0.9, 0.4]))
+    np.testing.assert_array_equal(found.similarities_N, [0.5, 0.7, 0.9, np.nan])
+    assert found.floor == 0.5

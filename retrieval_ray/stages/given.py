@@ -20,8 +20,8 @@ from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import passage_text
 from retrieval_ray.stages.pool import Pairs, rows_of
 
-VERSION = 1
-_PER_PART = 4_096  # pairs of a part, about
+VERSION = 2
+_PER_PART = 1_024  # pairs of a part, about: what a kill may lose
 _FILE = 250_000  # pairs that are held and written together
 _ROW_GROUP = 8_192
 _TEXTS = ("query_id", "passage_id", "query", "passage")

@@ -28,7 +28,7 @@ from retrieval_ray.stages.queries import qrels_of, query_texts
 from retrieval_ray.stages.retrieve import rankings_of
 from retrieval_ray.stages.scores import ByQuery, all_scores
 
-VERSION = 4
+VERSION = 5
 _SHOWN = 5  # samples of each reason
 
 

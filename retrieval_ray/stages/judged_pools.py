@@ -66,7 +66,8 @@ def training_pools(
             if held is not None and held.passage_ids:
                 combined = groups.combine(held.teachers, weights)
                 pool = groups.Pool(query_id, row["kind"], row["passage_id"], held.passage_ids, combined)
-                pool = groups.with_similarities(pool, rankings["dense"]) if by_similarity else pool
+                if by_similarity:
+                    pool = groups.with_similarities(pool, rankings["dense"], held.teachers.get("dense"))
             ranked = {r: [p for p, _ in ranking] for r, ranking in rankings.items()}
             yield Pooled(query_id, row["passage_id"], pool, ranked)
 
