@@ -158,12 +158,17 @@ def report(
         "quick": quick,
         "machine": machine(),
         "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_portable, sys.argv)]),
     }
     if not quick:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{benchmark}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result), flush=True)
+
+
+def _portable(argument: str) -> str:
+    """A path of this machine by its last part: where it lies elsewhere, nobody knows."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _short(value: Any) -> Any:

@@ -4,7 +4,6 @@ A folder without ``manifest.json`` is unfinished. Parts are written to a tempora
 so a part that can be seen is whole. Works on any ``pyarrow.fs`` filesystem.
 """
 
-import fcntl
 import getpass
 import hashlib
 import io
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 Facts = dict[str, Any]
 _OBJECT_STORES = ("s3", "gcs", "abfs")
@@ -184,8 +184,7 @@ class Location:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         copy = Location.of(folder) / f"{content}.{self.path.rpartition('.')[2]}"
         if not copy.exists():
-            with open(f"{copy.path}.lock", "w") as lock:  # one process of the machine fetches it for all
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with FileLock(f"{copy.path}.lock"):  # one process of the machine fetches it for all
                 if not copy.exists():
                     copy.write_pieces(self.pieces())
         return copy

@@ -26,7 +26,6 @@ class Pair:
 
 
 _COLUMNS = ("query_id", "passage_id", "query", "passage")
-_ENCODED = "_encoded"  # of a row: an unknown id may be percent-encoded, as white space is in our own runs
 
 
 def read_pairs(path: str, queries: Mapping[str, str], passages: Mapping[str, str]) -> Iterator[Pair | Reject]:
@@ -41,8 +40,9 @@ def read_pairs(path: str, queries: Mapping[str, str], passages: Mapping[str, str
     """
     known: dict[str, Mapping[str, str]] = {"query": queries, "passage": passages}
     texts: dict[str, dict[int, int]] = {name: {} for name in known}  # by name: hash of id -> hash of text
+    encoded = _is_run(path)
     for where, row in _rows(path):
-        found = _pair(where, row, known)
+        found = _pair(where, row, known, encoded=encoded)
         if isinstance(found, Pair):
             for name, seen in texts.items():
                 key, text = getattr(found, f"{name}_id"), getattr(found, name)
@@ -55,14 +55,20 @@ def read_pairs(path: str, queries: Mapping[str, str], passages: Mapping[str, str
 def ids_without_text(path: str) -> tuple[set[str], set[str]]:
     """The ids of queries and of passages that some row of the file names without their text."""
     found: dict[str, set[str]] = {"query": set(), "passage": set()}
+    encoded = _is_run(path)
     for _, row in _rows(path):
         values = _values(row) if isinstance(row, dict) else None
         if values is not None:
             for name, ids in found.items():
                 key = values[f"{name}_id"]
                 if values[name] is None and key is not None:
-                    ids |= {key, unquote(key)}
+                    ids |= {key, unquote(key)} if encoded else {key}
     return found["query"], found["passage"]
+
+
+def _is_run(path: str) -> bool:
+    """Whether it is a TREC run, whose ids may be percent-encoded, as white space is in our own runs."""
+    return Path(path).suffix not in (".jsonl", ".parquet")
 
 
 def _rows(path: str) -> Iterator[tuple[str, Any]]:
@@ -73,7 +79,8 @@ def _rows(path: str) -> Iterator[tuple[str, Any]]:
     return {".jsonl": _jsonl, ".parquet": _parquet}.get(file.suffix, _trec)(file)
 
 
-def _pair(where: str, row: Any, known: Mapping[str, Mapping[str, str]]) -> Pair | Reject:
+def _pair(where: str, row: Any, known: Mapping[str, Mapping[str, str]], *, encoded: bool) -> Pair | Reject:
+    """encoded: an id that is not known may be one that is, percent-encoded."""
     if not isinstance(row, dict):
         return where, "malformed", str(row)[:300]
     values = _values(row)
@@ -85,7 +92,7 @@ def _pair(where: str, row: Any, known: Mapping[str, Mapping[str, str]]) -> Pair 
         if text is None:
             if key is None:
                 return where, "malformed", f"neither {name} nor {name}_id"
-            if key not in texts and _ENCODED in row:
+            if encoded and key not in texts:
                 key = unquote(key)
             if key not in texts:
                 return where, f"unknown_{name}", key
@@ -149,6 +156,6 @@ def _trec(file: Path) -> Iterator[tuple[str, Any]]:
             fields = line.decode("utf-8", "replace").split()
             where = f"{file.name}, line {number}"
             if len(fields) == 6:
-                yield where, {"query_id": fields[0], "passage_id": fields[2], _ENCODED: True}
+                yield where, {"query_id": fields[0], "passage_id": fields[2]}
             elif fields:
                 yield where, f"{len(fields)} fields, a line of a TREC run has 6"

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +298,28 @@ def test_writers_of_the_same_part_do_not_harm_each_other(tmp_path: Path) -> None
     for thread in threads:
         thread.join()
     assert place.read_table().equals(TABLE) and os.listdir(tmp_path) == ["t.parquet"]
+
+
+def test_the_processes_of_a_machine_fetch_a_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "pairs.arrow").write_bytes(b"bytes")
+    fetched = []
+
+    def pieces(location: Location) -> list[bytes]:
+        fetched.append(location.path)
+        time.sleep(0.05)  # so that every other thread comes before the copy is there
+        return [b"by", b"tes"]
+
+    monkeypatch.setattr(Location, "pieces", pieces)
+    far = Location(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "pairs.arrow")
+    with ThreadPoolExecutor(8) as pool:
+        copies = list(pool.map(lambda _: far.near("0123"), range(8)))
+    assert len(fetched) == 1 and {copy.read() for copy in copies} == {b"bytes"}
+    assert copies[0].is_local and copies[0].path.endswith("0123.arrow")
+    assert far.near("4567").path != copies[0].path and len(fetched) == 2
 
 
 # --- stages -----------------------------------------------------------------------------------

@@ -36,8 +36,7 @@ class Given:
 
     def read(self, number: int) -> Pairs:
         """The different pairs of part ``number``, in the order in which they were given."""
-        tables = rows_of(self.stage, number)
-        rows = sorted(tables.to_pylist(), key=lambda row: int(row["row"]))
+        rows = sorted(rows_of(self.stage, number).to_pylist(), key=lambda row: int(row["row"]))
         rows = list({(row["query_id"], row["passage_id"]): row for row in rows}.values())
         query_ids, passage_ids, queries, passages = ([str(row[name]) for row in rows] for name in _TEXTS)
         return Pairs(query_ids, passage_ids, queries, passages, places=[])

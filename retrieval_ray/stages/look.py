@@ -141,11 +141,17 @@ def model(name: str, key: str, large: bool) -> Found:
 
 
 def _may_be_fetched(name: str, key: str) -> None:
-    """Raises for a gated model that is closed to this node: the commit of one a hub tells to everybody."""
-    from huggingface_hub import HfApi
+    """Raises for a gated model that is closed to this node: the commit of one a hub tells to everybody.
+
+    Not for one that lies here already, as in an image that was built with it.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError
 
     if (found := hub_id(name)) is None:
+        return
+    file = "adapter_config.json" if key == "llm.lora" else "config.json"
+    if isinstance(try_to_load_from_cache(found[0], file, revision=found[1]), str):
         return
     try:
         HfApi().auth_check(found[0])
@@ -154,7 +160,7 @@ def _may_be_fetched(name: str, key: str) -> None:
             f"{key}: '{name}' is gated: accept its terms on the hub, and give every node the HF_TOKEN of "
             "the account that did"
         ) from error
-    except Exception:  # a mirror that does not know the question, or what lies here already
+    except Exception:  # a mirror that does not know the question
         return
 
 

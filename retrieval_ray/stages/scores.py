@@ -47,6 +47,7 @@ def some_scores(scores: Stage, share: tuple[int, int]) -> pa.Table:
 
 
 def part_count(scores: Stage) -> int:
+    """How many parts the scores are cut into."""
     return sum(name.startswith("scores-") for name in scores.parts())
 
 

@@ -42,13 +42,12 @@ class Late:
         by_passage: dict[str, list[int]] = {}
         for at, passage in enumerate(passages):
             by_passage.setdefault(passage, []).append(at)
-        different = list(dict.fromkeys(queries))
+        different, each_once = list(dict.fromkeys(queries)), list(by_passage)
         query_TD = dict(zip(different, self.query_tokens(different), strict=True))
         scores = np.zeros(len(queries), dtype=np.float32)
-        different_passages = list(by_passage)
-        characters = [max(1, len(text)) for text in different_passages]
+        characters = [max(1, len(text)) for text in each_once]
         for chunk in cut_chunks(characters, _TOGETHER * _TOKEN * self.token_budget):
-            texts = [different_passages[at] for at in chunk]
+            texts = [each_once[at] for at in chunk]
             vectors = self.student.token_vectors(texts, "passage", token_budget=self.token_budget)
             for text, passage_TD in zip(texts, vectors, strict=True):
                 rows = by_passage[text]

@@ -117,6 +117,23 @@ def test_a_large_model_of_a_hub_must_be_open_to_this_node(key: str, monkeypatch:
     assert f"{key}: 'org/gated' is gated" in str(found.error) and "HF_TOKEN" in str(found.error)
 
 
+@pytest.mark.parametrize(("key", "file"), [("llm.model", "config.json"), ("llm.lora", "adapter_config.json")])
+def test_a_gated_model_that_lies_here_already_will_do(
+    key: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def cached(repository: str, name: str, revision: str | None) -> str | object:
+        asked.append((repository, name, revision))
+        return f"/cache/{name}" if revision == "v2" else object()  # of what is known not to be there
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    assert look.model("org/gated@v2", key, True).error is None
+    assert "is gated" in str(look.model("org/gated@v1", key, True).error)
+    assert asked == [("org/gated", file, "v2"), ("org/gated", file, "v1")]
+
+
 def test_a_large_model_at_a_url_is_listed_and_not_downloaded(
     student_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
