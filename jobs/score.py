@@ -42,7 +42,8 @@ def judged(context: Context, until: str | None) -> str | None:
         return None
     output = Location.of(context.config.output_dir)
     facts = score.gather(output, stages, list(layouts.values()))
-    say(f"{facts['rows']:,} scores, {facts['rejects']:,} rejects in {output.url}")
+    repeated = f", {facts['repeated']:,} pairs given more than once" if facts["repeated"] else ""
+    say(f"{facts['rows']:,} scores, {facts['rejects']:,} rejects in {output.url}{repeated}")
     return (output / "scores.json").url
 
 

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,7 +14,7 @@ from retrieval_ray.artifacts import Stage, bucket_count, bucket_of, digest, part
 from retrieval_ray.config import DatasetConfig, QueriesConfig
 from retrieval_ray.datasets import Judged, read_judged, read_log, read_log_file, rejects_table
 from retrieval_ray.errors import UserError
-from retrieval_ray.filters import Reject, query_rejects
+from retrieval_ray.filters import Reject, folded, query_rejects
 from retrieval_ray.generator import (
     EXTRACTIVE_KINDS,
     EXTRACTIVE_VERSION,
@@ -29,7 +30,7 @@ from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.generate import replies_of
 from retrieval_ray.stages.ingest import duplicates, judged_passages, passages, texts_of
 
-VERSION = 3
+VERSION = 4
 _SHOWN = 5  # samples of each reason
 Row = dict[str, object]
 
@@ -185,17 +186,25 @@ def _log(
 
 
 def _extracted(config: QueriesConfig, corpus: Stage, seed: int) -> list[Written]:
-    """Extractive queries of a seeded sample of passages, near-duplicates left out."""
-    frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in passages(corpus))
+    """Extractive queries of passages in a seeded order, near-duplicates left out.
+
+    A title that other passages have too is no query: which of them it asks for, nothing tells.
+    """
+    left_out = duplicates(corpus)
     ids = corpus.read_all("corpus-", ["passage_id"]).column("passage_id")
-    left_out = pa.array(sorted(duplicates(corpus)), pa.string())
-    ids = ids.filter(pc.invert(pc.is_in(ids, value_set=left_out))).sort()
-    wanted = -(-config.extractive_max // config.extractive_per_passage)
-    if len(ids) > wanted:
-        ids = ids.take(pa.array(random.Random(seed).sample(range(len(ids)), wanted), pa.int64()))
-    usable = sorted(passages(corpus, ids.to_pylist()))
+    ids = ids.filter(pc.invert(pc.is_in(ids, value_set=pa.array(sorted(left_out), pa.string())))).sort()
+    order = random.Random(seed).sample(range(len(ids)), min(len(ids), config.extractive_max))
+    drawn = ids.take(pa.array(order, pa.int64())).to_pylist()
+    read = {passage[0]: passage for passage in passages(corpus, drawn)}
+    titles = dict.fromkeys((folded(title) for _, title, _ in read.values()), 0)
+    for key, title, _ in passages(corpus):
+        if (title := folded(title)) in titles and key not in left_out:
+            titles[title] += 1
+    frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in passages(corpus))
     kinds = EXTRACTIVE_KINDS[: config.extractive_per_passage]
-    return list(extractive(usable, frequencies, total, kinds=kinds))[: config.extractive_max]
+    written = extractive((read[key] for key in drawn), frequencies, total, kinds=kinds)
+    telling = (w for w in written if w.kind != "title" or titles[folded(w.text)] == 1)
+    return list(islice(telling, config.extractive_max))
 
 
 def reading(context: Context, generated: Stage | None) -> list[object] | None:

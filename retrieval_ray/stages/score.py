@@ -119,13 +119,15 @@ def gather(output: Location, stages: dict[str, Stage], pairs: list[Stage]) -> di
     (output / "rejects.parquet").write_table(rejected)
     reasons = Counter(rejected.column("reason").to_pylist())
     manifests = {name: judged.manifest() for name, judged in stages.items()}
+    first = next(iter(manifests.values()))
     keys = ("teacher", "rows", "rows_this_run", "from_cache", "seconds", "rows_per_second", "versions")
     facts: dict[str, Any] = {
         "rows": rows,
         "rejects": rejected.num_rows,
         "rejected": dict(reasons),
+        "repeated": pairs[0].manifest()["rows"] - first["rows"] - sum(first["rejected"].values()),
         "teachers": {name: {key: manifest[key] for key in keys} for name, manifest in manifests.items()},
-        "config": next(iter(manifests.values()))["config"],
+        "config": first["config"],
     }
     (output / "scores.json").write_json(facts)
     return facts

@@ -64,6 +64,7 @@ def test_a_run_of_ids_is_judged_with_the_collections_texts(
     assert judged == 1200 <= most < 1300
     rows = table(tmp_path / "out")
     assert facts["rows"] == len(rows) == 1200 and facts["rejected"] == {"unknown_passage": 1, "malformed": 1}
+    assert facts["repeated"] == 1
     assert {(row["query_id"], row["passage_id"]) for row in rows} == set(ids)
     assert [row["detail"] for row in table(tmp_path / "out", "rejects")] == [
         "nowhere",
@@ -89,6 +90,7 @@ def test_a_run_of_ids_is_judged_with_the_collections_texts(
     )  # fmt: skip
     judged = facts["teachers"]["cross_encoder"]
     assert (facts["rows"], judged["rows_this_run"], judged["from_cache"]) == (1201, 1, 1200)
+    assert facts["repeated"] == 0
 
 
 STRANGE = [
