@@ -261,7 +261,7 @@ class Stage:
     def read_all(self, prefix: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts whose name begins with the prefix, in the order of their names."""
         parts = [name for name in self.parts() if name.startswith(prefix)]
-        return pa.concat_tables([self.read(part, columns) for part in parts])
+        return pa.concat_tables(each(lambda part: self.read(part, columns), parts))
 
     def parts(self) -> list[str]:
         return list(self.manifest()["parts"])

@@ -7,6 +7,7 @@ machine ever holds them all.
 
 import itertools
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from retrieval_ray.artifacts import Location
-from retrieval_ray.step import world
+from retrieval_ray.ranks import from_rank_zero, world
 from retrieval_ray.student import Student
 
 _KEPT = 2
+_SEEN_SECONDS = 120.0  # that a shared folder may take to show a file to another machine; NFS: 60
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64,
@@ -51,10 +53,12 @@ def load_checkpoint(
     student: Student, optimiser: torch.optim.Optimizer, folder: Location
 ) -> dict[str, Any] | None:
     """Go back to the newest checkpoint of a folder; returns its state, None where there is none."""
-    names = _names(folder)
-    if not names:
+    name = from_rank_zero(next(reversed(_names(folder)), None))
+    if name is None:
         return None
-    tensors = _Tensors(folder / f"{names[-1]}.safetensors")
+    for kind in ("safetensors", "json"):
+        _wait_for(folder / f"{name}.{kind}")
+    tensors = _Tensors(folder / f"{name}.safetensors")
     _put(student, tensors)
     kinds: dict[str, list[str]] = {}
     for key in tensors.entries:
@@ -69,7 +73,7 @@ def load_checkpoint(
                 kind: _like(value, parameter) if value.shape else value.to(parameter.device)
                 for kind, value in moments.items()
             }
-    state: dict[str, Any] = (folder / f"{names[-1]}.json").read_json()
+    state: dict[str, Any] = (folder / f"{name}.json").read_json()
     return state
 
 
@@ -80,6 +84,7 @@ def save_weights(student: Student, target: Location) -> None:
 
 def load_weights(student: Student, source: Location) -> None:
     """Put the weights of a file that was written here into a student, whether or not it is sharded."""
+    _wait_for(source)
     _put(student, _Tensors(source))
 
 
@@ -93,6 +98,15 @@ def step_of(folder: Location) -> int:
     """The step of the newest checkpoint; 0 where there is none."""
     names = _names(folder)
     return int(names[-1].split("-")[1]) if names else 0
+
+
+def _wait_for(file: Location) -> None:
+    """Until this machine sees what rank 0 does; raises ``OSError`` where it never does."""
+    until = time.monotonic() + _SEEN_SECONDS
+    while world()[0] != 0 and not file.exists():
+        if time.monotonic() > until:
+            raise OSError(f"{file.url}: rank 0 sees this file, rank {world()[0]} does not")
+        time.sleep(0.5)
 
 
 def _names(folder: Location) -> list[str]:

@@ -290,7 +290,7 @@ class ComputeConfig:
     min_workers: int | None = None  # elastic: with so many work goes on; null: with all of them
     logical_cpus: int = 8  # of the local cluster that a job starts itself
     cpus_per_worker: int = 1
-    gpus_per_worker: float | None = None  # null: 1 where the cluster has GPUs; training rounds it up
+    gpus_per_worker: float | None = None  # null: 1 where the cluster has GPUs; training takes whole ones
     autoscale: bool = False  # the cluster starts machines when asked (KubeRay): what it lacks is waited for
     precision: str | None = None  # float32 | bfloat16 | float16 (training: float32); null: probed
     threads: int | None = None  # per worker; null: the machine's cores shared out

@@ -189,6 +189,11 @@ def check(config: Config) -> None:
         config.compute.fewest_workers() <= config.compute.workers,
         "compute.min_workers: must not be more than compute.workers",
     )
+    gpus = config.compute.gpus_per_worker or 0
+    need(
+        gpus <= 1 or gpus == int(gpus),
+        f"compute.gpus_per_worker: {gpus} is neither a whole number nor a share of one GPU",
+    )
     need(
         config.compute.logical_cpus >= 8,
         "compute.logical_cpus: must be at least 8: on fewer, streaming stages starve each other. They are "

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from retrieval_ray.artifacts import Location
 from retrieval_ray.balance import Balance
@@ -22,9 +21,10 @@ from retrieval_ray.errors import TrainingStopped
 from retrieval_ray.memory import activation_bytes
 from retrieval_ray.moe import moe_layers
 from retrieval_ray.objective import Objective
+from retrieval_ray.ranks import from_rank_zero, wait_for_all, world
 from retrieval_ray.schedule import learning_rate_scale
 from retrieval_ray.selection import Dev, candidate, chosen, evaluate
-from retrieval_ray.step import Clock, NotFinite, training_step, world
+from retrieval_ray.step import Clock, NotFinite, training_step
 from retrieval_ray.student import Student
 from retrieval_ray.throughput import matmul_limit
 from retrieval_ray.training_data import CorpusData, shortened, some_of_each, taken, tokenised
@@ -56,6 +56,7 @@ class Settings:
     balance_weight: float = 0.0  # of the load-balancing loss of a student with experts
     jitter: float = 0.0  # of its routers
     runs: int = 1  # trainings that there may be on this machine at the same time
+    activation_share: float = 1.0  # of ``activation_bytes``, where more has been too much
 
 
 @dataclass
@@ -99,8 +100,8 @@ def fit(
     ended. At every checkpoint ``folder / steps.jsonl`` gets a row a step with its terms, its seconds by part
     and its speed, and ``epochs.jsonl`` the history. The routers of a student with experts are jittered and
     balanced as told.
-    should_checkpoint: asked on every rank after every step, and must answer alike on all; for a machine
-    that is about to be taken away.
+    should_checkpoint: asked on every rank after every step; rank 0's answer counts. For a machine that is
+    about to be taken away.
     A step whose loss or gradient is not finite changes no weight and is counted; raises
     ``TrainingStopped`` naming the queries after 3 in a row or 10 in all.
     """
@@ -120,6 +121,7 @@ def fit(
     if keep_bytes is None:
         count = sum(p.numel() for p in parameters)
         keep_bytes = activation_bytes(student.device, count, runs=settings.runs)
+    keep_bytes = int(keep_bytes * settings.activation_share)
     backbone = student.model[0].auto_model
     experts = list(moe_layers(backbone))
     limit = matmul_limit(student.device, student.precision)
@@ -142,12 +144,14 @@ def fit(
 
     def finish_epoch() -> None:
         row = {"epoch": float(progress.epoch), "step": float(progress.step)}
-        measures, by_query = evaluate(
-            student,
-            dev,
-            student_temperature=settings.objective.student_temperature,
-            teacher_temperature=settings.objective.teacher_temperature,
-            chunk_tokens=settings.chunk_tokens,
+        measures, by_query = from_rank_zero(  # what they decide, all ranks must decide alike
+            evaluate(
+                student,
+                dev,
+                student_temperature=settings.objective.student_temperature,
+                teacher_temperature=settings.objective.teacher_temperature,
+                chunk_tokens=settings.chunk_tokens,
+            ),
         )
         progress.history.append(row | measures)
         progress.by_query.append(by_query)
@@ -244,14 +248,14 @@ def fit(
             take_step(which, indices)
             noticed = should_checkpoint()
             late = time.monotonic() - saved_at > settings.checkpoint_seconds
-            if _rank_zero_says(late, student.device) or noticed or paused():
+            if from_rank_zero(late or noticed) or paused():
                 save()
             if paused():
                 break  # the epoch's last step or not: going on finishes the epoch
         else:
             finish_epoch()
     if progress.done and progress.best_epoch is not None:
-        _wait_for_rank_zero()  # its file
+        wait_for_all()  # and so for rank 0's file
         load_weights(student, best_weights(folder, progress.best_epoch))
     return progress
 
@@ -290,20 +294,6 @@ def _stop_if_hopeless(progress: Progress) -> None:
             f"is not finite ({seen}). Look at these queries and their lists, lower train.learning_rate, or "
             "set compute.precision=float32"
         )
-
-
-def _rank_zero_says(flag: bool, device: torch.device) -> bool:
-    """Rank 0's answer on every rank: clocks differ, and what is sharded is gathered by all together."""
-    if world()[1] == 1:
-        return flag
-    told = torch.tensor([flag], dtype=torch.uint8, device=device)
-    dist.broadcast(told, src=0)
-    return bool(told.item())
-
-
-def _wait_for_rank_zero() -> None:
-    if world()[1] > 1:
-        dist.barrier()
 
 
 def _steps(progress: Progress) -> Iterator[Mapping[str, float]]:

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from retrieval_ray.step import world
+from retrieval_ray.ranks import world
 from retrieval_ray.student import Student
 
 

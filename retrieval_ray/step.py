@@ -23,6 +23,7 @@ from retrieval_ray.balance import Balance
 from retrieval_ray.batching import cut_chunks, deal, excluded_mask, judged_places, unique_passages
 from retrieval_ray.gradcache import embed_cached, seeded
 from retrieval_ray.objective import Batch, Objective, loss_and_gradient
+from retrieval_ray.ranks import world
 from retrieval_ray.student import WIDTH, Role, Student
 from retrieval_ray.throughput import training_flops
 from retrieval_ray.tokens import Tokens
@@ -77,13 +78,6 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def world() -> tuple[int, int]:
-    """(rank, number of ranks)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def embed_shared(

@@ -513,6 +513,7 @@ def test_values_on_the_edge_are_accepted(path: Path) -> None:
         "merge.load_texts=0",
         "compute.threads=0",
         "compute.gpus_per_worker=-1",
+        "compute.gpus_per_worker=1.5",
     ],
 )
 def test_a_value_that_cannot_be_what_it_must_be_names_its_key(path: Path, override: str) -> None:

@@ -47,6 +47,29 @@ def test_a_run_killed_and_resumed_drops_and_draws_the_same_and_ends_with_the_sam
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+def test_every_step_has_its_rate_and_a_gradient_no_longer_than_told(
+    student_folder, corpus, tmp_path, monkeypatch
+):
+    """As AdamW sees them, which is what counts."""
+    settings = replace(SETTINGS, clip_norm=0.01, min_warmup_steps=2)
+    rates, norms, true_step = [], [], torch.optim.AdamW.step
+
+    def look(optimiser, *given):
+        (group,) = optimiser.param_groups
+        rates.append(group["lr"])
+        norms.append(
+            float(torch.stack([p.grad.norm() for p in group["params"] if p.grad is not None]).norm())
+        )
+        return true_step(optimiser, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    progress, _ = _fit(student_folder, corpus, tmp_path, settings)
+    # by hand: two epochs of three steps, of which two of warm-up
+    assert rates == pytest.approx([1e-3 * share for share in (0.5, 1, 1, 0.75, 0.5, 0.25)])
+    assert all(row["norm"] > 0.02 for row in progress.steps)  # before
+    assert norms == pytest.approx([0.01] * 6, rel=1e-3)
+
+
 def test_passages_are_drawn_from_lists_of_several_lengths(student_folder, corpus, tmp_path):
     lists = corpus.train
     lengths = [4 - n % 3 for n in range(len(lists.query_ids))]  # 2 to 4

@@ -13,8 +13,10 @@ from torch.distributed.tensor import DTensor
 from retrieval_ray import step
 from retrieval_ray.artifacts import Location
 from retrieval_ray.checkpoints import load_weights
+from retrieval_ray.experts import add_experts
 from retrieval_ray.fit import best_weights, fit
 from retrieval_ray.lora import add_lora
+from retrieval_ray.moe import Layout
 from retrieval_ray.sharding import shard
 from retrieval_ray.student import Student
 from tests.corpora import SETTINGS, Killed, assert_near, kill_at, tiny_corpus
@@ -24,15 +26,27 @@ RANKS = 2
 WITH_LORA = importlib.util.find_spec("peft") is not None
 # so few tokens to a chunk that ranks get different numbers of them; a peak that keeps rounding small
 SMALL = replace(SETTINGS, chunk_tokens=60, learning_rate=1e-4)
+STUDENTS = {"experts": {"experts": True}, "bfloat16": {"precision": "bfloat16"}}
+if WITH_LORA:
+    STUDENTS["lora"] = {"lora": True}
 
 
-def _fit(model, words, target, *, sharded=False, lora=False, **more):
-    student = Student(model, precision="float32", device="cpu")
+def _student(model, *, lora=False, experts=False, precision="float32"):
+    student = Student(model, precision=precision, device="cpu")
     if lora:
         add_lora(student, r=2, alpha=None, targets=None, seed=0)
+    if experts:
+        add_experts(student.model, Layout(3), seed=1)
+    return student
+
+
+def _fit(model, words, target, *, sharded=False, how=None, **more):
+    how = how or {}
+    student = _student(model, **how)
+    settings = replace(SMALL, balance_weight=0.1, jitter=0.2) if "experts" in how else SMALL
     if sharded:
         shard(student, torch.device("cpu"))
-    progress = fit(student, [tiny_corpus(words)], SMALL, Location.of(str(target)), **more)
+    progress = fit(student, [tiny_corpus(words)], settings, Location.of(str(target)), **more)
     return progress, student
 
 
@@ -61,9 +75,10 @@ def _rank(rank, model, words, folder):
     resumed, student = _fit(model, words, folder / "broken", sharded=True)
     found["again"] = {name: p.full_tensor().detach() for name, p in student.model.named_parameters()}
     found["resumed"] = resumed
-    if WITH_LORA:
-        _, student = _fit(model, words, folder / "lora", sharded=True, lora=True)
-        found["lora"] = {name: p.full_tensor().detach() for name, p in student.model.named_parameters()}
+    for key, how in STUDENTS.items():
+        trained, student = _fit(model, words, folder / key, sharded=True, how=how)
+        weights = {name: p.full_tensor().detach() for name, p in student.model.named_parameters()}
+        found[key] = trained, weights
     found["chunks"] = shares
     for key, is_sharded in (("whole", False), ("sharded", True)):
         half = Student(model, precision="bfloat16", device="cpu")
@@ -150,10 +165,15 @@ def test_sharded_weights_are_those_of_a_whole_student(folder, ranks, student_fol
     assert all(torch.equal(ranks[0]["whole"][name], weight) for name, weight in _weights(student).items())
 
 
-@pytest.mark.skipif(not WITH_LORA, reason="peft is not installed")
-def test_a_sharded_student_may_have_lora(ranks, student_folder, words, tmp_path):
-    _, student = _fit(student_folder, words, tmp_path, lora=True)
-    expected = _weights(student)
-    assert any(weight.any() for name, weight in expected.items() if ".lora_B" in name)
+@pytest.mark.parametrize("key", STUDENTS)
+def test_any_student_may_be_sharded(ranks, student_folder, words, tmp_path, key):
+    progress, student = _fit(student_folder, words, tmp_path, how=STUDENTS[key])
+    expected, start = _weights(student), _weights(_student(student_folder, **STUDENTS[key]))
+    learns = {"lora": ".lora_B", "experts": ".router"}.get(key, "")
+    moved = [float((weight - start[name]).abs().max()) for name, weight in expected.items() if learns in name]
+    assert max(moved) > 1e-4
     for rank in ranks:
-        assert_near(rank["lora"], expected, 1e-6)
+        trained, weights = rank[key]
+        _same_steps(trained, progress)
+        assert trained.load == progress.load  # what experts took, counted over both ranks
+        assert_near(weights, expected, 1e-6)

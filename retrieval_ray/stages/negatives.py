@@ -22,15 +22,15 @@ from retrieval_ray.stages import generate
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.ingest import passages
-from retrieval_ray.stages.queries import queries_table, query_row, read_replies, reading
+from retrieval_ray.stages.queries import queries_table, query_row, read_replies, reading, shared_titles
 
-VERSION = 2
+VERSION = 3
 KIND = "question"  # of what is written anew
 _ORDER = {kind: at for at, kind in enumerate((*KINDS, "title", "span", "keywords"))}
 
 
 def run(context: Context, grouped: Grouped, earlier: Stage | None = None) -> Grouped:
-    """One query for every passage that stands as a negative, as a queries table of split ``negative``.
+    """One query for every negative of the training lists, as a queries table of split ``negative``.
 
     earlier: this stage's table of other lists; its queries are taken too, and no LLM is asked.
     """
@@ -38,8 +38,8 @@ def run(context: Context, grouped: Grouped, earlier: Stage | None = None) -> Gro
 
 
 def _negatives(context: Context, grouped: Grouped, earlier: Stage | None) -> Stage:
-    lists = grouped.groups.read("groups.parquet", ["passage_ids"]).column("passage_ids").to_pylist()
-    negatives = {passage for row in lists for passage in row[1:]}
+    lists = grouped.groups.read("groups.parquet", ["split", "passage_ids"]).to_pylist()
+    negatives = {passage for row in lists if row["split"] == "train" for passage in row["passage_ids"][1:]}
     table = queries_table(grouped.queries)
     measured = _measured(grouped, table)
     own = _first_of_each(table, measured)
@@ -109,11 +109,12 @@ def _first_of_each(queries: pa.Table, measured: set[str]) -> dict[str, dict[str,
 def _extracted(corpus: Stage, ids: set[str], measured: set[str]) -> dict[str, dict[str, object]]:
     frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in passages(corpus))
     wanted = sorted(passages(corpus, ids))
+    shared = shared_titles(corpus, (title for _, title, _ in wanted))
     found: dict[str, dict[str, object]] = {}
     for kind in ("span", "title", "keywords"):  # the most like a query first
         left = [passage for passage in wanted if passage[0] not in found]
         for w in extractive(left, frequencies, total, kinds=[kind]):
-            if folded(w.text) not in measured:
+            if folded(w.text) not in measured and not (kind == "title" and folded(w.text) in shared):
                 found[w.passage_id] = query_row(
                     w.query_id, w.text, w.kind, "negative", w.passage_id, EXTRACTIVE_VERSION
                 )

@@ -196,15 +196,21 @@ def _extracted(config: QueriesConfig, corpus: Stage, seed: int) -> list[Written]
     order = random.Random(seed).sample(range(len(ids)), min(len(ids), config.extractive_max))
     drawn = ids.take(pa.array(order, pa.int64())).to_pylist()
     read = {passage[0]: passage for passage in passages(corpus, drawn)}
-    titles = dict.fromkeys((folded(title) for _, title, _ in read.values()), 0)
-    for key, title, _ in passages(corpus):
-        if (title := folded(title)) in titles and key not in left_out:
-            titles[title] += 1
+    shared = shared_titles(corpus, (title for _, title, _ in read.values()))
     frequencies, total = document_frequencies(f"{title} {text}" for _, title, text in passages(corpus))
     kinds = EXTRACTIVE_KINDS[: config.extractive_per_passage]
     written = extractive((read[key] for key in drawn), frequencies, total, kinds=kinds)
-    telling = (w for w in written if w.kind != "title" or titles[folded(w.text)] == 1)
+    telling = (w for w in written if w.kind != "title" or folded(w.text) not in shared)
     return list(islice(telling, config.extractive_max))
+
+
+def shared_titles(corpus: Stage, titles: Iterable[str]) -> set[str]:
+    """Those of these titles, folded, that several passages have which are no near-duplicates."""
+    found, left_out = dict.fromkeys(map(folded, titles), 0), duplicates(corpus)
+    for key, title, _ in passages(corpus):
+        if (title := folded(title)) in found and key not in left_out:
+            found[title] += 1
+    return {title for title, count in found.items() if count > 1}
 
 
 def reading(context: Context, generated: Stage | None) -> list[object] | None:

@@ -20,7 +20,7 @@ from retrieval_ray.config import TrainConfig
 from retrieval_ray.gate import JudgedPool
 from retrieval_ray.model_files import Model
 from retrieval_ray.progress import say
-from retrieval_ray.stages import encode, negatives, retrieve, score
+from retrieval_ray.stages import encode, index, negatives, retrieve, score
 from retrieval_ray.stages.collection import Grouped, Judged, Ranked, extend
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.group import lengths, margins_of, measured_by_similarity, row_of
@@ -124,7 +124,10 @@ def _mine(
         f"{found['new_negatives'] or 0:.0%} of their negatives are new; {found['judged']:,} pairs judged, "
         f"{found['from_cache']:,} known"
     )
-    encoded.passages.folder.remove()  # as large as the corpus, and never read again
+    # as large as the corpus, and never read again
+    if built := index.run(now, first.name, encoded.passages, note):
+        built[0].folder.remove()
+    encoded.passages.folder.remove()
 
 
 def _renewed_lists(

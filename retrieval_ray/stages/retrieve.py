@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_ray import bm25, ivf, schema
-from retrieval_ray.artifacts import Stage, part_name, stage
+from retrieval_ray.artifacts import Stage, each, part_name, stage
 from retrieval_ray.progress import say
 from retrieval_ray.runs import Ranking, fuse, merge, without_ids
 from retrieval_ray.search import block_sizes
@@ -234,14 +234,15 @@ def _rankings(table: pa.Table) -> dict[str, Ranking]:
 def rankings_of(retrieved: Stage, retriever: str, queries: Iterable[str] | None = None) -> dict[str, Ranking]:
     """One retriever's rankings by query_id: of these queries, or of all."""
     wanted = None if queries is None else pa.array(sorted(set(queries)), pa.string())
-    parts = []
-    for name in retrieved.parts():
+
+    def read(name: str) -> pa.Table:
         table = schema.check(retrieved.read(name), "run", retrieved.folder.path)
         keep = pc.equal(table.column("retriever"), retriever)
         if wanted is not None:
             keep = pc.and_(keep, pc.is_in(table.column("query_id"), value_set=wanted))
-        parts.append(table.filter(keep))
-    return _rankings(pa.concat_tables(parts))
+        return table.filter(keep)
+
+    return _rankings(pa.concat_tables(each(read, retrieved.parts())))
 
 
 def rankings_in(retrieved: Stage, number: int) -> dict[str, dict[str, Ranking]]:

@@ -3,9 +3,11 @@
 import math
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -18,13 +20,14 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from retrieval_ray.artifacts import Location
 from retrieval_ray.checkpoints import load_weights, newest
 from retrieval_ray.config import MoeConfig
-from retrieval_ray.errors import TrainingStopped
+from retrieval_ray.errors import UserError
 from retrieval_ray.experts import prepare
 from retrieval_ray.fit import Settings, best_weights, fit
 from retrieval_ray.lora import add_lora
 from retrieval_ray.model_files import Model, weights_sha
 from retrieval_ray.moe import Layout
 from retrieval_ray.progress import progress, say
+from retrieval_ray.ranks import from_rank_zero
 from retrieval_ray.selection import gain
 from retrieval_ray.sharding import shard
 from retrieval_ray.stages.cluster import beside_me
@@ -36,7 +39,10 @@ from retrieval_ray.stages.meter import count
 from retrieval_ray.student import Student
 
 _FACTS = "fit.json"
+_TOO_LARGE = "too-large-"  # files that say how often chunks were larger than memory
 _FAILURES, _ELASTIC_FAILURES = 2, 20  # of workers; machines that announce their going are not counted
+_LEAST_CHUNK = 512  # tokens: smaller chunks save no memory worth having
+_LAST_SECONDS = 20  # before a machine is taken away
 
 
 def advance(
@@ -50,15 +56,15 @@ def advance(
     """Train from the folder's checkpoint to step ``until``, None: to the end; returns whether it ended.
 
     At the end ``candidate/`` and, last, ``fit.json`` are in the folder; at a pause the student as it is
-    then, for ``snapshot``. What is there already is not done again. Raises ``TrainingStopped`` where steps
-    are not finite.
+    then, for ``snapshot``. What is there already is not done again. Raises ``UserError`` for what a worker
+    cannot do and would not on another try; ``TrainingStopped``, one of these, where steps are not finite.
     """
     if until is not None and (folder / _snapshot_facts(until)).exists():
         return False
     if not (folder / _FACTS).exists():
         stopped = _trainer(context, corpora, settings, folder, bar, until).fit().return_value
         if stopped is not None:
-            raise TrainingStopped(stopped)
+            raise stopped
     return (folder / _FACTS).exists()
 
 
@@ -76,7 +82,7 @@ def snapshot(folder: Location, step: int) -> Model:
 def remove_traces(folder: Location) -> None:
     """Delete what only an unfinished training needs."""
     for name in folder.names():
-        if name.startswith(("checkpoint-", "best-", "ray", "snapshot-")):
+        if name.startswith(("checkpoint-", "best-", "ray", "snapshot-", _TOO_LARGE)):
             (folder / name).remove()
 
 
@@ -130,6 +136,8 @@ def _trainer(
             num_workers=workers if compute.min_workers is None else (at_least, workers),
             use_gpu=bool(gpus),
             resources_per_worker=resources,
+            # a larger group starts from the last checkpoint
+            elastic_resize_monitor_interval_s=120 * context.config.train.checkpoint_minutes,
         ),
         run_config=ray.train.RunConfig(
             name="ray" if until is None else f"ray-{until:08d}",
@@ -156,16 +164,35 @@ def _layout(moe: MoeConfig) -> Layout | None:
     return Layout(moe.experts, moe.top_k, moe.router, moe.where, layers)
 
 
-def _train_worker(config: dict[str, Any]) -> str | None:
-    """Runs on each worker of the TorchTrainer; returns why training stopped, where it would do so again.
+def _train_worker(config: dict[str, Any]) -> UserError | None:
+    """Runs on each worker of the TorchTrainer; returns why training ended, where it would do so again.
 
-    As an error that would be tried again, from a checkpoint before it.
+    What is raised is tried again, from the last checkpoint. So is a step that had too little memory on its
+    GPU, with smaller chunks, of which fewer are kept: the same step, up to rounding.
     """
+    folder: Location = config["folder"]
+    before = from_rank_zero(sum(name.startswith(_TOO_LARGE) for name in folder.names()))
     try:
-        _train(config)
-    except TrainingStopped as error:
-        return str(error)
+        _train({**config, "settings": _smaller(config["settings"], before)})
+    except UserError as error:
+        return error
+    except torch.OutOfMemoryError as error:
+        (folder / f"{_TOO_LARGE}{before}.json").write_json({"error": str(error)})
+        raise UserError(
+            f"training: no memory is left on the GPU, {before} times with smaller chunks already. Set "
+            f"train.chunk_tokens below {_smaller(config['settings'], before).chunk_tokens}, or "
+            f"train.activation_gib, or train on larger GPUs ({error})"
+        ) from error
     return None
+
+
+def _smaller(settings: Settings, times: int) -> Settings:
+    """Half the chunk, and half of what graphs may keep, so many times."""
+    return replace(
+        settings,
+        chunk_tokens=max(min(_LEAST_CHUNK, settings.chunk_tokens), settings.chunk_tokens >> times),
+        activation_share=settings.activation_share / 2**times,
+    )
 
 
 def _train(config: dict[str, Any]) -> None:
@@ -245,19 +272,23 @@ def _student(config: Mapping[str, Any]) -> tuple[Student, Callable[[], None]]:
 
 
 def _preemption_notice() -> Callable[[], bool]:
-    """True once, on all workers alike, when Ray tells of a node that is about to be taken away.
+    """True when Ray tells of a further node that is about to be taken away, and once more just before.
 
     Asking is a barrier of a few milliseconds; an older Ray has nothing to ask.
     """
     ask = getattr(ray.train, "get_preemption_info", None)
-    told = False
+    told: set[str] = set()
+    closing: set[int] = set()  # deadlines that are near
 
     def answer() -> bool:
-        nonlocal told
-        if ask is None or told:
+        info = None if ask is None else ask()
+        if info is None:
             return False
-        told = ask() is not None
-        return told
+        before = len(told) + len(closing)
+        told.update(info.preempted_node_ids)
+        if info.deadline_ms is not None and info.deadline_ms / 1000 - time.time() < _LAST_SECONDS:
+            closing.add(info.deadline_ms)
+        return len(told) + len(closing) > before
 
     return answer
 

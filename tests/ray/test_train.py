@@ -1,5 +1,8 @@
 """The train stage's wiring: what Ray is asked and what the user is told. Starts no Ray."""
 
+import pickle
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,26 +10,36 @@ from typing import Any
 import numpy as np
 import pytest
 import ray.train
+import torch
 
 from retrieval_ray import schema
 from retrieval_ray.artifacts import Location, stage
 from retrieval_ray.batching import rectangular
 from retrieval_ray.config import Config, DatasetConfig
-from retrieval_ray.errors import TrainingStopped
+from retrieval_ray.errors import TrainingStopped, UserError
 from retrieval_ray.sources import Source
 from retrieval_ray.stages import ingest, lists, train, trainer
 from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.profile import Profile
 from retrieval_ray.stages.queries import query_row
 from retrieval_ray.step import Lists
+from tests.corpora import SETTINGS
 
 
-def test_a_preemption_notice_is_passed_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = iter([None, None, object(), object()])
-    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(told))
+def test_each_machines_going_is_passed_on_at_once_and_just_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def going(deadline: float | None, *nodes: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            deadline_ms=deadline and int(1000 * (time.time() + deadline)), preempted_node_ids=list(nodes)
+        )
+
+    first, later = going(90.0, "a"), going(90.0, "a", "b")
+    closing = SimpleNamespace(**{**vars(later), "deadline_ms": int(1000 * (time.time() + 5))})
+    unlimited = going(None, "a", "b", "c")
+    answers = iter([None, first, first, later, later, closing, closing, unlimited, unlimited])
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(answers))
     notice = trainer._preemption_notice()
-    assert [notice() for _ in range(5)] == [False, False, True, False, False]
-    assert next(told) is not None  # not asked again: each asking is a barrier
+    found = [notice() for _ in range(9)]
+    assert found == [False, True, False, True, False, True, False, True, False]
 
 
 def test_a_ray_without_notices_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,20 +57,45 @@ def test_a_gpu_holds_one_rank_of_training() -> None:
     assert [trainer.training_workers(*each) for each in asked] == [8, 8, 4, 1, 8]
 
 
-def test_what_would_stop_training_again_is_no_failure_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_would_stop_training_again_is_no_failure_of_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray tries a worker's errors again; this one is a result, and an error for the driver."""
 
     def stopped(*given: object) -> None:
         raise TrainingStopped("3 steps of 4 were not finite")
 
     monkeypatch.setattr(trainer, "_train", stopped)
-    assert trainer._train_worker({}) == "3 steps of 4 were not finite"
+    found = trainer._train_worker({"folder": Location.of(str(tmp_path)), "settings": SETTINGS})
+    assert isinstance(found, TrainingStopped) and str(found) == "3 steps of 4 were not finite"
+    assert repr(pickle.loads(pickle.dumps(found))) == repr(found)  # so it travels
+
+
+def test_a_step_too_large_for_its_gpu_is_tried_again_with_smaller_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def full(config: dict[str, Any]) -> None:
+        tried.append((config["settings"].chunk_tokens, config["settings"].activation_share))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB")
+
+    monkeypatch.setattr(trainer, "_train", full)
+    folder = Location.of(str(tmp_path))
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"train\.chunk_tokens below .* allocate 14 GiB"):
+            trainer._train_worker({"folder": folder, "settings": replace(SETTINGS, chunk_tokens=2048)})
+    assert tried == [(2048, 1.0), (1024, 0.5), (512, 0.25)]
+    assert trainer._smaller(SETTINGS, 5).chunk_tokens == SETTINGS.chunk_tokens < 512
+    trainer.remove_traces(folder)
+    assert folder.names() == []
 
 
 def test_a_trainings_end_that_is_final_reaches_the_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = SimpleNamespace(fit=lambda: SimpleNamespace(return_value="3 steps of 4 were not finite"))
+    why = TrainingStopped("3 steps of 4 were not finite")
+    done = SimpleNamespace(fit=lambda: SimpleNamespace(return_value=why))
     monkeypatch.setattr(trainer, "_trainer", lambda *given: done)
     given: list[Any] = [None, [], None, Location.of(str(tmp_path)), None, None]
     with pytest.raises(TrainingStopped, match="3 steps of 4"):
