@@ -21,6 +21,7 @@ from retrieval_ray.stages import (
     retrieve,
     score,
     train,
+    trainer,
 )  # fmt: skip
 from retrieval_ray.stages.collection import Collection, Grouped
 from retrieval_ray.stages.context import Context
@@ -59,6 +60,8 @@ def lists(context: Context, until: str | None = None) -> list[Grouped] | None:
     # What is missing or wrong in what is given is said before any LLM is asked.
     asked = [queries.asked(context, *each) for each in zip(datasets, sources, corpora, strict=True)]
     judges = judges_of(context)
+    if until in (None, "train") and not context.dry_run:
+        trainer.check(context)
     generated = [generate.run(context, *each) for each in zip(sources, corpora, strict=True)]
     if until == "generate":
         return None

@@ -30,6 +30,7 @@ from retrieval_ray.progress import progress, say
 from retrieval_ray.ranks import from_rank_zero
 from retrieval_ray.selection import gain
 from retrieval_ray.sharding import shard
+from retrieval_ray.stages import cluster
 from retrieval_ray.stages.cluster import beside_me
 from retrieval_ray.stages.collection import Grouped
 from retrieval_ray.stages.context import Context
@@ -120,11 +121,7 @@ def _trainer(
         train_loop_config={
             "corpora": corpora,
             "settings": settings,
-            "student": student_arguments(context),
-            "lora": lora_of(context),
-            "shard": context.config.train.shard,
-            "layout": _layout(context.config.train.moe),
-            "only_experts": context.config.train.moe.train == "experts",
+            **_made_of(context),
             "threads": context.profile.threads,
             "folder": folder,
             "until": until,
@@ -149,6 +146,35 @@ def _trainer(
             callbacks=[TuneReportCallback()] if context.claims else [],  # a sweep's trial
         ),
     )
+
+
+def check(context: Context) -> None:
+    """Raises ``UserError`` for experts or LoRA that the student cannot have.
+
+    On a worker, which has the packages and the memory, before anything is paid for: training comes last.
+    """
+    train = context.config.train
+    if train.moe.experts or train.moe.train == "experts" or context.config.student.lora.r is not None:
+        cluster.join(context.config.compute, context.worker_resources()["num_gpus"])
+        made_of = _made_of(context) | {"shard": True}  # on the CPU
+        ray.get(ray.remote(_can_be_made).remote(made_of))
+
+
+def _can_be_made(made_of: Mapping[str, Any]) -> None:
+    _student(made_of)
+
+
+def _made_of(context: Context) -> dict[str, Any]:
+    """What ``_student`` makes the student to train of."""
+    train = context.config.train
+    return {
+        "student": student_arguments(context),
+        "lora": lora_of(context),
+        "shard": train.shard,
+        "layout": _layout(train.moe),
+        "only_experts": train.moe.train == "experts",
+        "seed": context.config.training_seed(),
+    }
 
 
 def training_workers(workers: int, gpus: float) -> int:
@@ -264,7 +290,7 @@ def _student(config: Mapping[str, Any]) -> tuple[Student, Callable[[], None]]:
         student.model,
         config["layout"],
         only_experts=config["only_experts"],
-        seed=config["settings"].seed,  # every rank draws the same routers
+        seed=config["seed"],  # every rank draws the same routers
     )
     if config["lora"] is None:
         return student, lambda: None

@@ -320,6 +320,26 @@ def test_extractive_queries_follow_the_consistency_rule(
     assert len(rejects) == sum(manifest["rejected"].values())
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["train.moe.experts=2", "train.moe.layers=[0,7]"], "train.moe: layers: no layer 7; there are 2"),
+        (["train.moe.train=experts"], "train.moe.train: 'experts', and the student has none"),
+        (["student.lora.r=2", "student.lora.targets=[query_projection]"], "student.lora.targets: .*query"),
+    ],
+)
+def test_what_the_student_cannot_have_is_said_before_anything_is_computed(
+    collection: Path, student_folder: str, tmp_path: Path, ray_local: None, wrong: list[str], said: str
+) -> None:
+    if "lora" in wrong[0]:
+        pytest.importorskip("peft")
+    settings = small_settings(collection, Path(student_folder), tmp_path / "out")
+    with pytest.raises(Exception) as caught:
+        adapt([*settings, *wrong])
+    assert re.search(said, str(job.explain(caught.value)))
+    assert {path.name.partition("-")[0] for path in (tmp_path / "out" / "store").iterdir()} == {"corpus"}
+
+
 def test_cross_encoder_teacher_scores_are_its_own_predictions_and_cached(
     collection: Path, student_folder: str, make_cross_encoder, tmp_path: Path, ray_local: None
 ) -> None:  # type: ignore[no-untyped-def]
