@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 MAX_EXPERTS = 8
 MAX_TOP_K = 2
 _ROUTED_ROWS = 512
-_ROWS = 2048  # multiplied at once: few enough for what comes out to lie in memory that is used again
 # of a transformer layer, where its first and its second linear stand
 _FEED_FORWARDS = (
     {"intermediate": "intermediate.dense", "output": "output.dense"},  # BERT, XLM-R and their kin
@@ -152,6 +150,7 @@ class MoELinear(nn.Module):
         self.jitter = 0.0
         self.mask_BT: Tensor | None = None
         self.seen: list[Routing] | None = None  # see ``watch``
+        self.casts: dict[torch.dtype, Tensor] | None = None  # see ``casts_kept``
 
     def forward(self, x: Tensor) -> Tensor:
         layout = self.layout
@@ -165,7 +164,8 @@ class MoELinear(nn.Module):
         if self.seen is not None:
             self.seen.append(_routing(logits, taken & mask[..., None], mask))
         x_NI, taken_NE = x.reshape(-1, x.shape[-1]), taken.reshape(-1, layout.experts)
-        return self._mix(x_NI, taken_NE, gates.reshape_as(taken_NE)).view(*x.shape[:-1], -1)
+        out_NO = self._mix(x_NI, taken_NE, gates.reshape_as(taken_NE), mask.reshape(-1))
+        return out_NO.view(*x.shape[:-1], -1)
 
     def _mask(self, x: Tensor) -> Tensor:
         if self.mask_BT is None:
@@ -177,18 +177,27 @@ class MoELinear(nn.Module):
             )
         return self.mask_BT.bool()
 
-    def _mix(self, x_NI: Tensor, taken_NE: Tensor, gates_NE: Tensor) -> Tensor:
+    def _mix(self, x_NI: Tensor, taken_NE: Tensor, gates_NE: Tensor, mask_N: Tensor) -> Tensor:
         """The gated sum of the experts' outputs; pairs of expert and token are sorted by expert once."""
-        tokens = torch.split(taken_NE.T.nonzero()[:, 1], taken_NE.sum(dim=0).tolist())
-        pieces = [(e, t) for e, own in enumerate(tokens) for t in torch.split(own, _ROWS) if len(t)]
+        token_P, counts = taken_NE.T.nonzero()[:, 1], taken_NE.sum(dim=0).tolist()
         # where each token has one expert, the gates are 1: they matter for the gradient alone
-        ones = self.layout.top_k == 1 and self.dense is None
+        alone = self.layout.top_k == 1 and self.dense is None
         mix: Callable[..., Tensor] = _Mix.apply
-        out_NO = mix(x_NI, gates_NE.T[taken_NE.T], self.weight_EOI, self.bias_EO, pieces, ones)
+        gates_P = gates_NE.T[taken_NE.T]
+        out_NO = mix(x_NI, gates_P, self.weight_EOI, self.bias_EO, token_P, counts, alone, self._cast)
         if self.dense is not None:
-            rest = (~taken_NE.any(dim=1)).nonzero()[:, 0]
+            rest = (~taken_NE.any(dim=1) & mask_N).nonzero()[:, 0]  # of padding nothing is read
             out_NO = out_NO.index_add(0, rest, self.dense(x_NI[rest]))
         return out_NO
+
+    def _cast(self, dtype: torch.dtype) -> Tensor:
+        """The experts' weights in this precision; see ``casts_kept``."""
+        weight_EOI = self.weight_EOI.detach()
+        if dtype == weight_EOI.dtype or self.casts is None:
+            return weight_EOI.to(dtype)
+        if dtype not in self.casts:
+            self.casts[dtype] = weight_EOI.to(dtype)
+        return self.casts[dtype]
 
     @torch.no_grad()
     def merged(self, weights_E: Tensor | None = None) -> nn.Linear:
@@ -247,9 +256,10 @@ def _rows(x: Tensor) -> Sequence[Tensor]:
 class _Mix(torch.autograd.Function):
     """out[t] = sum over the experts that took t of gate * (W x[t] + b).
 
-    Written out because a new array as large as the layer's inputs or outputs costs more time than what is
-    done with it: none is made but the results, and no sorted copy of the tokens is kept for going backward.
-    pieces: (expert, tokens); an expert has no token twice, so every sum has one order.
+    token_P: the tokens that each expert took, expert after expert; counts: how many each did. alone: each
+    token has one expert, whose gate is 1. cast: gives the weights in a precision.
+    Written out, because each new array as large as the layer's inputs or outputs costs time: products are
+    written where they stay, and no sorted copy of the tokens is kept for going backward.
     """
 
     @staticmethod
@@ -259,46 +269,88 @@ class _Mix(torch.autograd.Function):
         gates_P: Tensor,
         weight_EOI: Tensor,
         bias_EO: Tensor | None,
-        pieces: Sequence[tuple[int, Tensor]],
-        ones: bool,
+        token_P: Tensor,
+        counts: list[int],
+        alone: bool,
+        cast: Callable[[torch.dtype], Tensor],
     ) -> Tensor:
-        ctx.save_for_backward(x_NI, gates_P, weight_EOI, bias_EO)
-        ctx.pieces, ctx.ones = pieces, ones
-        out_NO: Tensor | None = None
-        for (e, t), gate in zip(pieces, _by_piece(gates_P, pieces), strict=True):
-            y = F.linear(x_NI.index_select(0, t), weight_EOI[e], None if bias_EO is None else bias_EO[e])
-            out_NO = y.new_zeros(len(x_NI), y.shape[1]) if out_NO is None else out_NO
-            out_NO.index_add_(0, t, y if ones else y * gate[:, None].to(y.dtype))
-        assert out_NO is not None, "no tokens"
-        return out_NO
+        device = x_NI.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_EOI.dtype
+        ctx.save_for_backward(x_NI, gates_P, weight_EOI, bias_EO, token_P)
+        ctx.counts, ctx.alone, ctx.cast, ctx.dtype = counts, alone, cast, dtype
+        with torch.autocast(device, enabled=False):
+            x_PI, weights_EOI = _sorted(x_NI, token_P, dtype), cast(dtype)
+            y_PO = x_PI.new_empty(len(token_P), weight_EOI.shape[1])
+            for e, (x, y) in enumerate(
+                zip(torch.split(x_PI, counts), torch.split(y_PO, counts), strict=True)
+            ):
+                if bias_EO is None:
+                    torch.mm(x, weights_EOI[e].T, out=y)
+                else:
+                    torch.addmm(bias_EO[e].to(dtype), x, weights_EOI[e].T, out=y)
+            if alone:
+                return y_PO.index_select(0, _places(token_P))
+            out_NO = y_PO.new_zeros(len(x_NI), y_PO.shape[1])
+            return out_NO.index_add_(0, token_P, y_PO.mul_(gates_P[:, None].to(dtype)))
 
     @staticmethod
     def backward(ctx: Any, gradient_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, gates_P, weight_EOI, bias_EO = ctx.saved_tensors
-        dtype = gradient_NO.dtype  # of the products, as in forward
-        dx_NI = torch.zeros_like(x_NI)
-        dweight_EOI = torch.zeros_like(weight_EOI, dtype=dtype)
-        dbias_EO = None if bias_EO is None else torch.zeros_like(bias_EO)
-        dgates = []
-        for (e, t), gate in zip(ctx.pieces, _by_piece(gates_P, ctx.pieces), strict=True):
-            g, x = gradient_NO.index_select(0, t), x_NI.index_select(0, t).to(dtype)
-            dx = g @ weight_EOI[e].to(dtype)  # before the gate, so that the gate's own comes of it
-            dgate = (dx * x).sum(dim=1)
+        x_NI, gates_P, weight_EOI, bias_EO, token_P = ctx.saved_tensors
+        dtype, counts = ctx.dtype, ctx.counts
+        g_PO, x_PI = _sorted(gradient_NO, token_P, dtype), _sorted(x_NI, token_P, dtype)
+        weights_EOI = ctx.cast(dtype)
+        dx_PI = torch.empty_like(x_PI)
+        dgate_P = dbias_EO = None
+        for e, (g, dx) in enumerate(zip(torch.split(g_PO, counts), torch.split(dx_PI, counts), strict=True)):
+            torch.mm(g, weights_EOI[e], out=dx)  # before the gate, so that the gate's own comes of it
+        if ctx.needs_input_grad[1]:
+            dgate_P = torch.linalg.vecdot(dx_PI, x_PI)
             if bias_EO is not None:
-                dgate = dgate + g @ bias_EO[e].to(dtype)
-            dgates.append(dgate.to(gates_P.dtype))
-            if not ctx.ones:
-                scale = gate[:, None].to(dtype)
-                g, dx = g * scale, dx * scale
-            dx_NI.index_add_(0, t, dx.to(dx_NI.dtype))
-            dweight_EOI[e].addmm_(g.T, x)
-            if dbias_EO is not None:
-                dbias_EO[e] += g.sum(dim=0)
-        return dx_NI, torch.cat(dgates), dweight_EOI.to(weight_EOI.dtype), dbias_EO, None, None
+                biases = zip(torch.split(g_PO, counts), bias_EO.to(dtype), strict=True)
+                dgate_P = dgate_P + torch.cat([g @ bias for g, bias in biases])
+            dgate_P = dgate_P.to(gates_P.dtype)
+        if not ctx.alone:
+            gate_P1 = gates_P[:, None].to(dtype)
+            g_PO, dx_PI = g_PO.mul_(gate_P1), dx_PI.mul_(gate_P1)
+        if bias_EO is not None:
+            sums = [g.sum(dim=0, dtype=bias_EO.dtype) for g in torch.split(g_PO, counts)]
+            dbias_EO = torch.stack(sums)
+        dweight_EOI = torch.empty_like(weight_EOI, dtype=dtype)
+        for e, (g, x) in enumerate(zip(torch.split(g_PO, counts), torch.split(x_PI, counts), strict=True)):
+            torch.mm(g.T, x, out=dweight_EOI[e])
+        if ctx.alone:
+            dx_NI = dx_PI.index_select(0, _places(token_P)).to(x_NI.dtype)
+        else:
+            dx_NI = torch.zeros_like(x_NI).index_add_(0, token_P, dx_PI.to(x_NI.dtype))
+        return dx_NI, dgate_P, dweight_EOI.to(weight_EOI.dtype), dbias_EO, None, None, None, None
 
 
-def _by_piece(values_P: Tensor, pieces: Sequence[tuple[int, Tensor]]) -> Sequence[Tensor]:
-    return torch.split(values_P, [len(t) for _, t in pieces])
+def _sorted(rows_N: Tensor, token_P: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tokens' rows, expert after expert."""
+    return rows_N.to(dtype).index_select(0, token_P)
+
+
+def _places(token_P: Tensor) -> Tensor:
+    """Where each token stands among the sorted ones; each stands there once."""
+    places_N = torch.empty_like(token_P)
+    places_N[token_P] = torch.arange(len(token_P), device=token_P.device)
+    return places_N
+
+
+@contextmanager
+def casts_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, experts' weights are cast once for all batches; no weight may change there.
+
+    As autocast keeps its casts, which sees no parts of a weight.
+    """
+    layers = list(moe_layers(model).values())
+    for layer in layers:
+        layer.casts = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.casts = None
 
 
 def feed_forwards(backbone: nn.Module, where: str) -> list[tuple[str, nn.Linear]]:

@@ -6,7 +6,7 @@ cosines), and a model without a Normalize module gets one when it is saved.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from retrieval_ray.errors import UserError
 from retrieval_ray.memory import give_back_seldom, keep_freed
 from retrieval_ray.model_code import Source
 from retrieval_ray.model_files import load_model, resolve_model, save_model
+from retrieval_ray.moe import casts_kept
 from retrieval_ray.tokens import Tokens, count_read
 
 Role = Literal["query", "passage"]
@@ -288,17 +289,21 @@ class Student:
             features["prompt_length"] = self._prompt_length[role]
         return features
 
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
         """The student's precision. One around several ``embed`` casts each weight once for all of them.
 
         Not those of a sharded student: each layer's are gathered for its own time, and casts would stay.
         """
-        if self.precision != "float32":
-            from torch.distributed.fsdp import FSDPModule  # not above: it takes more than a second to import
+        if self.precision == "float32":
+            yield
+            return
+        from torch.distributed.fsdp import FSDPModule  # not above: it takes more than a second to import
 
-            sharded = isinstance(self.model, FSDPModule)
-            return torch.autocast(self.device.type, getattr(torch, self.precision), cache_enabled=not sharded)
-        return contextlib.nullcontext()
+        dtype, sharded = getattr(torch, self.precision), isinstance(self.model, FSDPModule)
+        kept = contextlib.nullcontext() if sharded else casts_kept(self.model)
+        with torch.autocast(self.device.type, dtype, cache_enabled=not sharded), kept:
+            yield
 
 
 def default_token_budget(device: str) -> int:

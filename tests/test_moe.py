@@ -19,6 +19,7 @@ from retrieval_ray.moe import (
     WHERE,
     Layout,
     MoELinear,
+    casts_kept,
     expert_choice,
     feed_forwards,
     freeze_all_but_experts,
@@ -201,7 +202,7 @@ def test_gradients_are_those_of_a_sum_over_experts(layout):
     every = torch.einsum("bti,eoi->bteo", x, layer.weight_EOI) + layer.bias_EO
     out = (every * gates[..., None]).sum(2)
     if layer.dense is not None:
-        out = out + layer.dense(x) * ~taken.any(-1, keepdim=True)
+        out = out + layer.dense(x) * (~taken.any(-1) & layer.mask_BT.bool())[..., None]
     (out * weights).sum().backward()
     torch.testing.assert_close(found_x, x.grad)
     for name, parameter in layer.named_parameters():
@@ -446,3 +447,19 @@ def test_models_that_cannot_be_upcycled(make_backbone):
     upcycle(backbone, Layout(2, layers=(0,)))
     with pytest.raises(ValueError, match="already"):
         upcycle(backbone, Layout(2))
+
+
+def test_kept_casts_are_of_the_weights_as_they_are_and_end_with_the_context():
+    torch.manual_seed(0)
+    layer, x = MoELinear(torch.nn.Linear(6, 8), Layout(3), noise=1.0), torch.randn(2, 5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        with casts_kept(layer):
+            assert torch.equal(layer(x), expected) and torch.equal(layer(x), expected)
+            (kept,) = layer.casts.values()
+            assert kept.dtype == torch.bfloat16 and torch.equal(kept, layer.weight_EOI.bfloat16())
+            expected.sum().backward()
+        assert layer.casts is None
+        with torch.no_grad():
+            layer.weight_EOI.zero_()
+        assert not torch.equal(layer(x), expected)
