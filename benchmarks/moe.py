@@ -2,9 +2,9 @@
 
     python benchmarks/moe.py [--quick]
 
-Forward and backward of one layer at top-1 on the tokens of one training chunk, with the shapes of the bundled
-student on a CPU and of BGE-M3 on a GPU; the linear's own time against it, interleaved, medians. Weights are
-cast once, as for all chunks of a step. Equal outputs are shown first. ``ratio`` is that of the worst case where
+Forward and backward of a layer at top-1 on the tokens of one training chunk, with the shapes of the bundled
+student on a CPU and of BGE-M3 on a GPU; the linear against it, interleaved, medians. Weights are
+cast once, as for all chunks of a step. Equal outputs are shown first. ``ratio`` is of the worst case where
 each token has one expert: dense time / time with experts, at least 1 / 1.3. ``expert_choice`` is shown beside
 it: a token may have several experts there, or the dense linear.
 """
