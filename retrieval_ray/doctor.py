@@ -298,8 +298,14 @@ def report(nodes: Sequence[Node], found: Sequence[Problem]) -> str:
         lines += ["", f"{'PROBLEM' if problem.stops else 'warning'} {problem.where}: {problem.what}"]
         lines.append(f"  {problem.advice}")
     stopping = sum(problem.stops for problem in found)
-    lines += ["", f"{len(nodes)} nodes, {stopping} problems, {len(found) - stopping} warnings"]
+    amounts = {"node": len(nodes), "problem": stopping, "warning": len(found) - stopping}
+    lines += ["", ", ".join(counted(count, what) for what, count in amounts.items())]
     return "\n".join(lines)
+
+
+def counted(count: int, what: str) -> str:
+    """Like 1 node, 2 nodes."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

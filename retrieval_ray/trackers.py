@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import FileLock
+
 from retrieval_ray.artifacts import Location
 from retrieval_ray.curves import Curves
 
@@ -92,8 +94,7 @@ class Mlflow:
         from mlflow.entities import Param
 
         if "://" not in uri:
-            os.makedirs(uri, exist_ok=True)
-            uri = f"sqlite:///{os.path.abspath(uri)}/mlflow.db"
+            uri = _database(os.path.abspath(uri))
         self.client = MlflowClient(tracking_uri=uri)
         known = self.client.get_experiment_by_name(experiment)
         where = known.experiment_id if known else self.client.create_experiment(experiment)
@@ -130,6 +131,23 @@ class Mlflow:
                 self.client.log_metric(self.run_id, key, value)
         states = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
         self.client.set_terminated(self.run_id, states[status])
+
+
+def _database(folder: str) -> str:
+    """The URI of a folder's database, made where there is none, and made whole: a kill may come at any time.
+
+    One process makes it; MLflow itself would have several lay out the same tables.
+    """
+    from mlflow import MlflowClient
+
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "mlflow.db")
+    with FileLock(f"{path}.lock"):
+        if not os.path.exists(path):
+            begun = f"{path}-{os.getpid()}"
+            MlflowClient(tracking_uri=f"sqlite:///{begun}").search_experiments()
+            os.replace(begun, path)
+    return f"sqlite:///{path}"
 
 
 class Wandb:

@@ -174,7 +174,7 @@ def test_the_report_has_a_row_for_each_node_and_a_line_for_each_problem() -> Non
     assert [line.split()[0] for line in lines[2:4]] == ["n1", "n2"] and "failed" in lines[3]
     assert sum(line.startswith("PROBLEM n2: ") for line in lines) == 2
     assert sum(line.startswith("warning n2: ") for line in lines) == 1
-    assert lines[-1] == "2 nodes, 2 problems, 1 warnings"
+    assert lines[-1] == "2 nodes, 2 problems, 1 warning"
 
 
 def test_the_source_s_hash_is_of_names_and_contents(tmp_path: Path) -> None:

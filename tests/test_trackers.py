@@ -1,5 +1,7 @@
 """Curves as trackers keep them: whole after a kill in the middle, and nothing twice."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,23 @@ def test_rows_of_many_values_are_told_in_pieces(tmp_path: Path) -> None:
     tracker.log({"train": rows, "dev": []})
     assert tracker.last() == {"train": 100}
     assert len(tracker.client.get_metric_history(tracker.run_id, "train/7")) == 100
+
+
+_OPEN = "import sys; from retrieval_ray.trackers import _database; print(_database(sys.argv[1]))"
+
+
+@pytest.mark.slow
+def test_several_may_open_a_new_folder_at_once_and_one_may_be_killed(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    (tmp_path / "mlflow.db-1").write_bytes(b"half of one")  # what a kill left
+    command = [sys.executable, "-c", _OPEN, str(tmp_path)]
+    opened = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert {each.communicate()[0] for each in opened} == {f"sqlite:///{tmp_path}/mlflow.db\n"}
+    assert [each.returncode for each in opened] == [0, 0, 0]
+    for name in ("one", "two"):
+        tracker = Mlflow(str(tmp_path), experiment="e", **{**FACTS, "run_id": name})
+        tracker.log(WHOLE)
+        assert tracker.last() == {"train": 12, "dev": 12}
 
 
 def test_a_server_that_is_not_there_is_given_up_on_soon(monkeypatch: pytest.MonkeyPatch) -> None:

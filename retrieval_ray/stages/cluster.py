@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -18,6 +19,7 @@ from retrieval_ray.doctor import Pool, fit, room
 from retrieval_ray.errors import UserError
 
 _AMOUNTS = {"CPU": attrgetter("cpus"), "GPU": attrgetter("gpus")}  # of a pool's nodes
+_ANSWER_SECONDS = 20.0
 _LAUNCHED = "~/ray_bootstrap_config.yaml"  # what Ray's launcher leaves on the head that it starts
 
 
@@ -48,14 +50,36 @@ def connect(compute: ComputeConfig, *, dashboard: bool = False) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ side warns of what Ray Data itself does
     for name in ("ray.data", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if not ray.is_initialized():
-        local = {} if given() else {"address": "local", "num_cpus": compute.logical_cpus}
+    if ray.is_initialized():
+        return
+    local = {} if given() else {"address": "local", "num_cpus": compute.logical_cpus}
+    _reach()
+    try:
         ray.init(
             **local,
             include_dashboard=None if given() else dashboard,
             log_to_driver=False,
             logging_level="error",
         )
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(
+            f"Ray: {error}. If something answers there, is it a head of the same Ray version, and the token "
+            "the same (RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token)?"
+        ) from error
+
+
+def _reach() -> None:
+    """Raises ``UserError`` where nothing answers at the given address: Ray would try for many minutes."""
+    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():  # none, or a word like auto
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS: no cluster answers at {host}:{port} ({error}); start one there, or unset "
+            "RAY_ADDRESS for one of this job's own"
+        ) from error
 
 
 def beside_me() -> NodeAffinitySchedulingStrategy:
@@ -141,6 +165,7 @@ def _check(compute: ComputeConfig, gpus: float, trials: int) -> None:
     there, workers = offered(compute), compute.fewest_workers()
     key = "compute.workers" if compute.min_workers is None else "compute.min_workers"
     at_once = f" x sweep.trials_at_once={trials}" if trials > 1 else ""
+    lower = f"sweep.trials_at_once or {key}" if trials > 1 else key
     needed = {
         # one for the driver of Ray Train, one to spare for Ray Data's own tasks
         "CPU": trials * workers * compute.cpus_per_worker + 2,
@@ -151,12 +176,13 @@ def _check(compute: ComputeConfig, gpus: float, trials: int) -> None:
             raise UserError(
                 f"{key}={workers}{at_once} needs {amount:g} {name} "
                 f"({compute.cpus_per_worker} CPU, {gpus:g} GPU each, 2 CPU beside them), and the "
-                f"cluster has at most {there.get(name, 0):g}. Lower {key}, or give the cluster more"
+                f"cluster has at most {there.get(name, 0):g}. Lower {lower}, or give the cluster more"
                 + (" (a local one: compute.logical_cpus)" if name == "CPU" else "")
             )
     nodes = pools(compute, gpus)
     if nodes is not None and (fitting := room(nodes, compute.cpus_per_worker, gpus)) < trials * workers:
         raise UserError(
             f"{key}={workers}{at_once}: of workers of {compute.cpus_per_worker} CPU and {gpus:g} GPU, each "
-            f"whole on one node, the cluster's nodes hold {fitting}. Lower {key}, or compute.cpus_per_worker"
+            f"whole on one node, the cluster's nodes hold {fitting}. Lower {lower}, or "
+            "compute.cpus_per_worker"
         )

@@ -11,13 +11,15 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from retrieval_ray import sweeps
 from retrieval_ray.artifacts import Location
-from retrieval_ray.config import Config
-from retrieval_ray.doctor import Node, Problem, Request, problems, report, source_sha
+from retrieval_ray.config import Config, RerankerConfig
+from retrieval_ray.config_file import with_values
+from retrieval_ray.doctor import Node, Problem, Request, counted, problems, report, source_sha
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
 from retrieval_ray.sources import open_source
-from retrieval_ray.stages import cluster
+from retrieval_ray.stages import cluster, sweep
 from retrieval_ray.stages.ask_vllm import devices
 from retrieval_ray.stages.look import SOURCE, look
 
@@ -43,7 +45,7 @@ def examine(config: Config) -> tuple[str, bool]:
     """Look at every node of the cluster; the report, and whether nothing stands in the way of a job."""
     cluster.connect(config.compute)
     alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
-    say(f"looking at {len(alive)} nodes")
+    say(f"looking at {counted(len(alive), 'node')}")
     nodes, silent = _nodes(config, alive)
     source, request = source_sha(SOURCE), request_of(config)
     pools = cluster.pools(config.compute, request.gpus)
@@ -51,8 +53,27 @@ def examine(config: Config) -> tuple[str, bool]:
     return report(nodes, found), not any(problem.stops for problem in found)
 
 
+def configs_of(config: Config) -> list[Config]:
+    """The config; of a sweep those of its trials, as far as they are known before."""
+    if not config.sweep.space:
+        return [config]
+    alone: dict[str, Any] = {"sweep.collections": {}}
+    collections = [{**values, **alone} for values in config.sweep.collections.values()] or [alone]
+    found = []
+    for own in (with_values(config, values) for values in collections):
+        found += [plan.config for plan in sweep.plans(own, sweeps.space_of(own.sweep.space))] or [own]
+    return found
+
+
 def models_of(config: Config) -> dict[str, tuple[str, bool]]:
     """Every model that workers load, by its key: (name, whether it is large and not to be downloaded now)."""
+    found: dict[str, tuple[str, bool]] = {}
+    for key, model in (each for trial in configs_of(config) for each in _models(trial).items()):
+        found[key if found.get(key, model) == model else f"{key} ({model[0]})"] = model
+    return found
+
+
+def _models(config: Config) -> dict[str, tuple[str, bool]]:
     named = {"student.model": (config.student.model, False)}
     named |= {f"retrieve.models.{name}.model": (m.model, False) for name, m in config.retrieve.models.items()}
     for number, (name, member) in enumerate(config.teacher.named().items()):
@@ -63,6 +84,8 @@ def models_of(config: Config) -> dict[str, tuple[str, bool]]:
     if config.llm.model and config.llm.engine == "vllm":
         named["llm.model"] = (config.llm.model, True)
         named |= {"llm.lora": (config.llm.lora, True)} if config.llm.lora else {}
+    if config.reranker.base != RerankerConfig.base:
+        named["reranker.base"] = (config.reranker.base, False)
     return named
 
 
@@ -74,11 +97,13 @@ def request_of(config: Config) -> Request:
     keys = ["llm.engine"] * engines + ["teacher.engine"] * any(
         member.engine == "vllm" for member in config.teacher.named().values()
     )
+    trials = config.sweep.trials_at_once if config.sweep.space else 1
+    workers_key = "compute.workers" if compute.min_workers is None else "compute.min_workers"
     return Request(
-        workers=compute.fewest_workers(),
+        workers=trials * compute.fewest_workers(),
         cpus=compute.cpus_per_worker,
         gpus=gpus,
-        workers_key="compute.workers" if compute.min_workers is None else "compute.min_workers",
+        workers_key=workers_key if trials == 1 else f"{workers_key} x sweep.trials_at_once",
         engines=(llm.replicas or compute.workers) if engines and gpus else 0,
         engine_gpus=devices(llm.vllm),
         vllm_keys=keys,
@@ -92,9 +117,10 @@ def _has(node: Mapping[str, Any], name: str) -> float:
 def _datasets(config: Config) -> list[Problem]:
     """The corpora, which the driver alone reads."""
     found = []
-    for dataset in config.corpora():
+    every = (dataset.path for trial in configs_of(config) for dataset in trial.corpora())
+    for path in dict.fromkeys(every):
         try:
-            open_source(dataset.path)
+            open_source(path)
         except UserError as error:
             found.append(Problem("driver", str(error), "Put the corpus where the head node sees it"))
     return found
@@ -107,8 +133,10 @@ def _nodes(config: Config, alive: Sequence[Mapping[str, Any]]) -> tuple[list[Nod
     # A path is meant as the driver reads it, wherever a worker's own folder is
     absolute = {key: url if "://" in url else os.path.abspath(url) for key, url in urls.items()}
     places = {key: (url, f".doctor-{mark.hex()}-{key}") for key, url in absolute.items()}
+    made = []  # folders that were not there
     for url, name in places.values():
         try:
+            made += [] if Location.of(url).exists() else [url]
             (Location.of(url) / name / "driver").write(mark)
         except Exception as error:  # said by the nodes, which meet the same
             say(f"  '{url}' cannot be written from here: {error}")
@@ -149,6 +177,8 @@ def _nodes(config: Config, alive: Sequence[Mapping[str, Any]]) -> tuple[list[Nod
     for url, name in places.values():
         try:
             (Location.of(url) / name).remove()
+            if url in made and not Location.of(url).names():
+                Location.of(url).remove()
         except Exception as error:
             say(f"  '{url}/{name}' could not be removed: {error}")
     return nodes, silent

@@ -81,6 +81,11 @@ def test_a_worker_is_whole_on_one_node(head: Path, monkeypatch: pytest.MonkeyPat
         cluster.join(ComputeConfig(workers=1, cpus_per_worker=6))
     with pytest.raises(UserError, match=r"compute.workers=4: .* nodes hold 3"):
         cluster.join(ComputeConfig(workers=4, cpus_per_worker=3))
+    lower = (
+        r"compute.workers=1 x sweep.trials_at_once=4: .* nodes hold 3. Lower sweep.trials_at_once or compute"
+    )
+    with pytest.raises(UserError, match=lower):
+        cluster.join(ComputeConfig(workers=1, cpus_per_worker=3), trials=4)
 
 
 def test_one_that_grows_nobody_knows_how_far_is_asked_for_anything(head: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,10 @@ def test_nothing_stands_in_the_way_and_then_much_does(
     done = run_job("doctor", [*settings(student_folder, output), "compute.workers=4"])
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "2 nodes, 0 problems" in done.stdout
-    assert os.listdir(output) == []  # what was tried is gone
+    assert not output.exists()  # what was tried is gone
 
+    output.mkdir()
+    (output / "mine").touch()
     two_nodes.add_node(num_cpus=2, num_gpus=1)
     two_nodes.wait_for_nodes()
     (tmp_path / "file").write_text("no folder")
@@ -57,9 +60,19 @@ def test_nothing_stands_in_the_way_and_then_much_does(
     assert sum("Ray counts 1 GPU, torch sees 0" in line for line in problems) == 1
     assert sum("9 workers (1 CPU and 0 GPU each) do not fit: 8 do" in line for line in problems) == 1
     assert len(problems) == 4 and "3 nodes, 4 problems" in done.stdout
-    assert os.listdir(output) == []
+    assert os.listdir(output) == ["mine"]
 
 
 def test_a_command_that_is_wrong(tmp_path: Path) -> None:
     done = run_job("doctor", ["configs/cpu.yaml", f"output_dir={tmp_path}", "--until", "score"])
     assert done.returncode == 2 and "error: --until" in done.stderr
+
+
+def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.socket() as taken:  # and not listened to
+        taken.bind(("127.0.0.1", 0))
+        address = "{}:{}".format(*taken.getsockname())
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        done = run_job("doctor", ["configs/cpu.yaml", f"output_dir={tmp_path}"])
+    assert done.returncode == 2 and f"error: RAY_ADDRESS: no cluster answers at {address}" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -62,6 +62,27 @@ def test_what_a_config_asks_of_a_cluster() -> None:
     )  # fmt: skip
 
 
+def test_all_trials_of_a_sweep_are_looked_at(tmp_path: Path) -> None:
+    config = load(
+        str(ROOT / "configs" / "cpu.yaml"),
+        [
+            "sweep.space={student.model: [org/one, org/two], train.learning_rate: [0.1, 0.2]}",
+            "sweep.collections={x: {dataset.path: /no/corpus}, y: {dataset.path: demo}}",
+            "sweep.trials_at_once=8", "compute.workers=2", "compute.gpus_per_worker=0",
+            "reranker.base=org/base",
+        ],
+    )  # fmt: skip
+    assert doctor.models_of(config) == {
+        "student.model": ("org/one", False),
+        "student.model (org/two)": ("org/two", False),
+        "reranker.base": ("org/base", False),
+    }
+    (problem,) = doctor._datasets(config)
+    assert "/no/corpus" in problem.what
+    asked = doctor.request_of(config)
+    assert (asked.workers, asked.workers_key) == (16, "compute.workers x sweep.trials_at_once")
+
+
 def test_a_place_is_written_read_and_cleared(tmp_path: Path) -> None:
     (tmp_path / "try").mkdir()
     (tmp_path / "try" / "driver").write_bytes(b"mark")
