@@ -27,7 +27,7 @@ from retrieval_ray.lora import add_lora
 from retrieval_ray.model_files import Model, weights_sha
 from retrieval_ray.moe import Layout
 from retrieval_ray.progress import progress, say
-from retrieval_ray.ranks import from_rank_zero
+from retrieval_ray.ranks import from_rank_zero, world
 from retrieval_ray.selection import gain
 from retrieval_ray.sharding import shard
 from retrieval_ray.stages import cluster
@@ -198,16 +198,20 @@ def _train_worker(config: dict[str, Any]) -> UserError | None:
     """
     folder: Location = config["folder"]
     before = from_rank_zero(sum(name.startswith(_TOO_LARGE) for name in folder.names()))
+    settings = _smaller(config["settings"], before)
+    if before and world()[0] == 0:
+        told = f"  chunks of {settings.chunk_tokens:,} tokens from here on: larger ones do not fit on a GPU"
+        config["bar"].tell.remote(told)
     try:
-        _train({**config, "settings": _smaller(config["settings"], before)})
+        _train({**config, "settings": settings})
     except UserError as error:
         return error
     except torch.OutOfMemoryError as error:
         (folder / f"{_TOO_LARGE}{before}.json").write_json({"error": str(error)})
         raise UserError(
             f"training: no memory is left on the GPU, {before} times with smaller chunks already. Set "
-            f"train.chunk_tokens below {_smaller(config['settings'], before).chunk_tokens}, or "
-            f"train.activation_gib, or train on larger GPUs ({error})"
+            f"train.chunk_tokens below {settings.chunk_tokens}, or train.activation_gib, or train on larger "
+            f"GPUs ({error})"
         ) from error
     return None
 
@@ -331,6 +335,9 @@ class _Bar:
         self.state = (step, note)
         if line:
             self.lines.append(line)
+
+    def tell(self, line: str) -> None:
+        self.lines.append(line)
 
     def get(self) -> tuple[int, str, list[str]]:
         lines, self.lines = self.lines, []

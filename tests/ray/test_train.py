@@ -81,10 +81,13 @@ def test_a_step_too_large_for_its_gpu_is_tried_again_with_smaller_chunks(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB")
 
     monkeypatch.setattr(trainer, "_train", full)
-    folder = Location.of(str(tmp_path))
+    folder, told = Location.of(str(tmp_path)), []
+    bar = SimpleNamespace(tell=SimpleNamespace(remote=told.append))
+    config = {"folder": folder, "settings": replace(SETTINGS, chunk_tokens=2048), "bar": bar}
     for _ in range(3):
         with pytest.raises(UserError, match=r"train\.chunk_tokens below .* allocate 14 GiB"):
-            trainer._train_worker({"folder": folder, "settings": replace(SETTINGS, chunk_tokens=2048)})
+            trainer._train_worker(config)
+    assert len(told) == 2 and "chunks of 512 tokens" in told[1]
     assert tried == [(2048, 1.0), (1024, 0.5), (512, 0.25)]
     assert trainer._smaller(SETTINGS, 5).chunk_tokens == SETTINGS.chunk_tokens < 512
     trainer.remove_traces(folder)
