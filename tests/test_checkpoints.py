@@ -1,5 +1,7 @@
 """Checkpoint files: what the safetensors library reads of them, and what a kill may leave."""
 
+import threading
+
 import pytest
 import safetensors.torch
 import torch
@@ -94,3 +96,16 @@ def test_a_write_that_breaks_off_leaves_nothing(student, tmp_path, monkeypatch):
     _stepped(student, 2)
     load_weights(student, Location.of(str(tmp_path / "best.safetensors")))
     assert all(torch.equal(before[name], tensor) for name, tensor in student.model.state_dict().items())
+
+
+def test_a_rank_waits_for_what_its_machine_does_not_show_yet(student, tmp_path, monkeypatch):
+    there, late = Location.of(str(tmp_path / "there")), Location.of(str(tmp_path / "late"))
+    save_weights(student, there)
+    monkeypatch.setattr("retrieval_ray.checkpoints.world", lambda: (1, 2))
+    comes = threading.Timer(0.2, lambda: (tmp_path / "there").rename(tmp_path / "late"))
+    comes.start()
+    load_weights(student, late)
+    comes.join()
+    monkeypatch.setattr("retrieval_ray.checkpoints._SEEN_SECONDS", 0.1)
+    with pytest.raises(OSError, match="rank 0 sees this file, rank 1 does not"):
+        load_weights(student, there)

@@ -197,7 +197,8 @@ def _train_worker(config: dict[str, Any]) -> UserError | None:
     GPU, with smaller chunks, of which fewer are kept: the same step, up to rounding.
     """
     folder: Location = config["folder"]
-    before = from_rank_zero(sum(name.startswith(_TOO_LARGE) for name in folder.names()))
+    marks = f"{_TOO_LARGE}{config['settings'].chunk_tokens}-"  # a chunk that is told anew is tried as told
+    before = from_rank_zero(sum(name.startswith(marks) for name in folder.names()))
     settings = _smaller(config["settings"], before)
     if before and world()[0] == 0:
         told = f"  chunks of {settings.chunk_tokens:,} tokens from here on: larger ones do not fit on a GPU"
@@ -207,7 +208,7 @@ def _train_worker(config: dict[str, Any]) -> UserError | None:
     except UserError as error:
         return error
     except torch.OutOfMemoryError as error:
-        (folder / f"{_TOO_LARGE}{before}.json").write_json({"error": str(error)})
+        (folder / f"{marks}{before}.json").write_json({"error": str(error)})
         raise UserError(
             f"training: no memory is left on the GPU, {before} times with smaller chunks already. Set "
             f"train.chunk_tokens below {settings.chunk_tokens}, or train.activation_gib, or train on larger "

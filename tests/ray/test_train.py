@@ -90,6 +90,9 @@ def test_a_step_too_large_for_its_gpu_is_tried_again_with_smaller_chunks(
     assert len(told) == 2 and "chunks of 512 tokens" in told[1]
     assert tried == [(2048, 1.0), (1024, 0.5), (512, 0.25)]
     assert trainer._smaller(SETTINGS, 5).chunk_tokens == SETTINGS.chunk_tokens < 512
+    with pytest.raises(UserError):
+        trainer._train_worker({**config, "settings": replace(SETTINGS, chunk_tokens=700)})
+    assert tried[-1] == (700, 1.0)  # as told after the message
     trainer.remove_traces(folder)
     assert folder.names() == []
 
