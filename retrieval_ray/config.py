@@ -163,6 +163,11 @@ class GroupsConfig:
     min_positive_percentile: float | None = 25.0  # drop a query whose positive scores lower
     false_negative_ratio: float = 0.6  # the 60 % rule
 
+    def measured_by_similarity(self) -> bool:
+        """Whether margins are measured on the dense retriever's scores."""
+        margins = (self.relative_margin, self.absolute_margin)
+        return self.margin_scores == "dense" and margins != (None, None)
+
 
 @dataclass
 class TermsConfig:

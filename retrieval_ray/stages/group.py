@@ -20,6 +20,7 @@ from retrieval_ray.datasets import rejects_table
 from retrieval_ray.filters import Reject
 from retrieval_ray.negatives import Margins, Scores
 from retrieval_ray.progress import say
+from retrieval_ray.stages import score
 from retrieval_ray.stages import trust as trusted
 from retrieval_ray.stages.collection import Grouped, Judged, extend
 from retrieval_ray.stages.context import Context
@@ -28,7 +29,7 @@ from retrieval_ray.stages.queries import qrels_of, query_texts
 from retrieval_ray.stages.retrieve import rankings_of
 from retrieval_ray.stages.scores import ByQuery, all_scores
 
-VERSION = 5
+VERSION = 6
 _SHOWN = 5  # samples of each reason
 
 
@@ -57,14 +58,16 @@ def _group(context: Context, judged: Judged) -> Stage:
     if not context.start(target, f"groups of '{judged.name}'"):
         return target
     verdict, dev_pools = _verdict(context, judged)
-    with target.scratch() as folder:
+    near = score.similarities(context, judged)
+    with target.scratch() as folder, target.scratch() as beside:
         pooled = partial(
             training_pools,
             judged,
-            ByQuery(judged, folder),
+            ByQuery(judged.queries, judged.scores, folder),
+            near=ByQuery(judged.queries, near, beside),
             depth=config.teacher.depth,
             weights=verdict.weights,
-            by_similarity=measured_by_similarity(context),
+            by_similarity=config.groups.measured_by_similarity(),
         )
         readings, scales, rejects = _surveyed(context, judged, pooled())
         built, unfit = _build(context, judged, pooled, scales, {key for key, _, _ in rejects})
@@ -154,11 +157,6 @@ def _shown(weights: gate.Weights) -> str:
 def _values(scores: Stage) -> Scores:
     found: Scores = all_scores(scores, ["score"]).column("score").to_numpy().astype(np.float64)
     return found
-
-
-def measured_by_similarity(context: Context) -> bool:
-    """Whether margins are measured on the dense retriever's scores."""
-    return context.config.groups.margin_scores == "dense" and margins_of(context) is not None
 
 
 def margins_of(context: Context) -> Margins | None:

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from retrieval_ray import gate, groups
 from retrieval_ray.artifacts import part_name
+from retrieval_ray.negatives import Scores
 from retrieval_ray.runs import Ranking
 from retrieval_ray.stages.collection import Judged
 from retrieval_ray.stages.retrieve import FUSED, rankings_in, rankings_of
@@ -40,13 +41,15 @@ def training_pools(
     scores: ByQuery,
     queries: Set[str] | None = None,
     *,
+    near: ByQuery,
     depth: int,
     weights: gate.Weights,
     by_similarity: bool,
 ) -> Iterator[Pooled]:
     """All training queries, or these, with their pools; memory holds one part of queries at a time.
 
-    by_similarity: with the scores of the dense retriever, to measure margins by.
+    by_similarity: with the scores of the dense retriever, to measure margins by; near: and what it gives
+    to passages that it may have missed (``similarities_of``).
     """
     for number in range(int(judged.queries.manifest()["buckets"])):
         table = judged.queries.read(part_name("queries", number, "parquet"))
@@ -59,6 +62,7 @@ def training_pools(
             continue
         own = rankings_in(judged.retrieved, number)
         pools = _pools(own.get(FUSED, {}), scores.part(number), depth)
+        cosines = near.part(number)
         for row in rows:
             query_id = row["query_id"]
             rankings = {r: own.get(r, {}).get(query_id, []) for r in judged.retrievers}
@@ -67,9 +71,17 @@ def training_pools(
                 combined = groups.combine(held.teachers, weights)
                 pool = groups.Pool(query_id, row["kind"], row["passage_id"], held.passage_ids, combined)
                 if by_similarity:
-                    pool = groups.with_similarities(pool, rankings["dense"], held.teachers.get("dense"))
+                    known_N = similarities_of(query_id, held.passage_ids, cosines)
+                    pool = groups.with_similarities(pool, rankings["dense"], known_N)
             ranked = {r: [p for p, _ in ranking] for r, ranking in rankings.items()}
             yield Pooled(query_id, row["passage_id"], pool, ranked)
+
+
+def similarities_of(query_id: str, passage_ids: Iterable[str], cosines: Mapping[str, Raw]) -> Scores | None:
+    """The cosine of each of these passages, NaN where it is not known; None where none is at hand."""
+    if "dense" not in cosines:
+        return None
+    return np.array([cosines["dense"].get((query_id, p), np.nan) for p in passage_ids])
 
 
 def pools_by_part(

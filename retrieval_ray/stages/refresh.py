@@ -23,13 +23,13 @@ from retrieval_ray.progress import say
 from retrieval_ray.stages import encode, index, negatives, retrieve, score
 from retrieval_ray.stages.collection import Grouped, Judged, Ranked, extend
 from retrieval_ray.stages.context import Context
-from retrieval_ray.stages.group import lengths, margins_of, measured_by_similarity, row_of
-from retrieval_ray.stages.judged_pools import pools_by_part
+from retrieval_ray.stages.group import lengths, margins_of, row_of
+from retrieval_ray.stages.judged_pools import pools_by_part, similarities_of
 from retrieval_ray.stages.judges import Judge
 from retrieval_ray.stages.queries import queries_table
 from retrieval_ray.stages.scores import ByQuery
 
-VERSION = 2
+VERSION = 3
 _FACTS = ("rows", "renewed", "new_negatives", "kept", "judged", "from_cache", "seconds")
 
 
@@ -94,7 +94,8 @@ def _mine(
     judged = score.run(context, extend(first, Ranked, retrieved=ranked.retrieved), judges, first.groups)
     first_rows = first.groups.read("groups.parquet").to_pylist()
     trained = {row["query_id"]: row for row in first_rows if row["split"] == "train"}
-    renewed = dict(_renewed_lists(context, first, judged, trained, target))
+    near = score.similarities(now, ranked, first.groups)
+    renewed = dict(_renewed_lists(context, first, judged, near, trained, target))
     rows, kept, shares = [], Counter[str](), []
     for row in first_rows:
         made = renewed.get(row["query_id"])
@@ -131,14 +132,19 @@ def _mine(
 
 
 def _renewed_lists(
-    context: Context, first: Grouped, judged: Judged, trained: dict[str, dict[str, Any]], target: Stage
+    context: Context,
+    first: Grouped,
+    judged: Judged,
+    near: dict[str, Stage],
+    trained: dict[str, dict[str, Any]],
+    target: Stage,
 ) -> Iterator[tuple[str, groups.Group | tuple[str, str]]]:
     """The new list of each of these rows of the groups table, or (reason, detail) why the old one is kept.
 
-    One part of queries is held at a time.
+    near: the cosines of now, where margins need them. One part of queries is held at a time.
     """
     config, depth = context.config.groups, context.config.teacher.depth
-    margins, by_similarity = margins_of(context), measured_by_similarity(context)
+    margins, by_similarity = margins_of(context), config.measured_by_similarity()
     sizes = lengths(context, first.corpus)
     manifest = first.groups.manifest()
     weights: dict[str, float] = manifest["gate"]["weights"]
@@ -146,9 +152,14 @@ def _renewed_lists(
     table = queries_table(first.queries)
     columns = (table.column(name).to_pylist() for name in ("query_id", "passage_id"))
     sources = dict(zip(*columns, strict=True))
-    with target.scratch() as old, target.scratch() as new:
-        parts = [pools_by_part(each, ByQuery(each, at), depth) for each, at in ((first, old), (judged, new))]
-        for (before, _), (pools, rankings) in zip(*parts, strict=True):
+    with target.scratch() as old, target.scratch() as new, target.scratch() as beside:
+        parts = [
+            pools_by_part(each, ByQuery(each.queries, each.scores, at), depth)
+            for each, at in ((first, old), (judged, new))
+        ]
+        similar = ByQuery(first.queries, near, beside)
+        for number, ((before, _), (pools, rankings)) in enumerate(zip(*parts, strict=True)):
+            cosines = similar.part(number)
             for key in before.keys() & trained.keys():
                 row = trained[key]
                 if key not in pools:
@@ -161,7 +172,8 @@ def _renewed_lists(
                 scores_N = groups.combine(held.teachers, weights, before[key].teachers)
                 pool = groups.Pool(key, row["kind"], sources[key], held.passage_ids, scores_N)
                 if by_similarity:
-                    pool = groups.with_similarities(pool, rankings["dense"].get(key, []))
+                    known_N = similarities_of(key, held.passage_ids, cosines)
+                    pool = groups.with_similarities(pool, rankings["dense"].get(key, []), known_N)
                 made = groups.build(
                     pool,
                     scales[row["kind"]],

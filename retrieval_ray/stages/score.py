@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from retrieval_ray import schema, teachers
 from retrieval_ray.artifacts import Location, Stage, each, part_name, stage
+from retrieval_ray.config import MemberConfig
 from retrieval_ray.contentcache import SCORE, ContentCache
 from retrieval_ray.errors import UserError
 from retrieval_ray.progress import say
@@ -43,6 +44,18 @@ def run(context: Context, ranked: Ranked, judges: list[Judge], groups: Stage | N
     """
     scores = {judge.name: _judged(context, judge, ranked, groups) for judge in judges}
     return extend(ranked, Judged, scores=scores)
+
+
+def similarities(context: Context, ranked: Ranked, groups: Stage | None = None) -> dict[str, Stage]:
+    """The student's own cosines of the pools, as ``dense``, where margins need them beside its ranking.
+
+    That is where margins are measured on them and an approximate index may have missed some; else empty.
+    """
+    config = context.config
+    if not config.groups.measured_by_similarity() or config.retrieve.index == "exact":
+        return {}
+    judge = Judge("dense", MemberConfig(kind="dense"), None)
+    return {judge.name: _judged(context, judge, ranked, groups)}
 
 
 def _judged(context: Context, judge: Judge, ranked: Ranked, groups: Stage | None) -> Stage:

@@ -1,6 +1,6 @@
 """The scores table of a stage: written part by part, read by teacher and pair."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -58,19 +58,19 @@ class ByQuery:
     pairs, each sorted by part of queries. Memory: one such file, and an index of the query ids.
     """
 
-    def __init__(self, judged: Judged, folder: str) -> None:
+    def __init__(self, queries: Stage, scores: Mapping[str, Stage], folder: str) -> None:
         """folder: for temporary files, about as large as the scores."""
-        self._parts = int(judged.queries.manifest()["buckets"])
+        self._parts = int(queries.manifest()["buckets"])
         names = [part_name("queries", number, "parquet") for number in range(self._parts)]
-        ids = [judged.queries.read(name, ["query_id"]).column("query_id") for name in names]
+        ids = [queries.read(name, ["query_id"]).column("query_id") for name in names]
         self._part_Q = np.repeat(np.arange(self._parts), [len(column) for column in ids])
         self._ids = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string())
         self._files = {
             teacher: [
                 self._turn(table, f"{folder}/{at}-{number}.arrow")
-                for number, table in enumerate(_blocks(scores))
+                for number, table in enumerate(_blocks(judged))
             ]
-            for at, (teacher, scores) in enumerate(judged.scores.items())
+            for at, (teacher, judged) in enumerate(scores.items())
         }
 
     def part(self, number: int) -> dict[str, Raw]:

@@ -1,6 +1,7 @@
 """The groups stage, a part of queries at a time, gives what a loop over whole tables gives. Starts no Ray."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from retrieval_ray import gate, groups, schema, trust
 from retrieval_ray.artifacts import Location, Stage, digest, part_name, stage
 from retrieval_ray.config import Config
 from retrieval_ray.negatives import Margins
-from retrieval_ray.stages import group, scores
+from retrieval_ray.stages import group, refresh, score, scores
 from retrieval_ray.stages import trust as trusted
 from retrieval_ray.stages.collection import Judged
 from retrieval_ray.stages.context import Context
@@ -202,6 +203,39 @@ def test_lists_rejects_and_readings_are_those_of_whole_tables(
     raw = made.scores["late"].read_all("scores-").column("score").to_pylist()
     assert facts["score_quantiles"]["late"] == np.quantile(raw, np.linspace(0, 1, 41)).tolist()
     assert sorted(grouped.folder.names()) == sorted([*grouped.parts(), "manifest.json"])
+
+
+@pytest.mark.parametrize(("cosine", "near"), [(0.99, True), (0.0, False)])
+def test_margins_see_what_an_approximate_index_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cosine: float, near: bool
+) -> None:
+    """Negatives that no ranking has are as near as their cosine says; in the first lists, and in renewed ones."""
+    config = Config(output_dir=str(tmp_path))
+    config.groups.list_size, config.groups.source_rank, config.teacher.depth = 3, 8, DEPTH
+    config.groups.margin_scores, config.groups.relative_margin = "dense", 0.95
+    context = Context(config, Location.of(str(tmp_path)), Profile("float32", "cpu", 1, 1024, 1))
+    made = judged(context.store, dev=False)
+    exact = group.run(context, made)
+    lists = exact.groups.read("groups.parquet").to_pylist()
+    pairs = made.scores["late"].read_all("scores-").select(["query_id", "passage_id"])
+    rows = [(row["query_id"], row["passage_id"], cosine) for row in pairs.to_pylist()]
+    table = {part_name("scores", 0, "parquet"): scores_table("dense", rows)}
+    cosines = written(context.store, "score-dense", table)
+    trained = {row["query_id"]: row for row in lists}
+    target = stage(context.store, "refresh", {"cosine": cosine})
+    renewed = dict(refresh._renewed_lists(context, exact, exact, {"dense": cosines}, trained, target))
+    assert len(renewed) == len(lists) > 60
+    for key, found in renewed.items():
+        if near:
+            assert isinstance(found, tuple) and found[0] == "few_negatives"
+        else:
+            assert isinstance(found, groups.Group) and found.passage_ids == trained[key]["passage_ids"]
+    assert score.similarities(context, made) == {}  # search was exact
+    monkeypatch.setattr(score, "_judged", lambda *given: cosines)
+    config.retrieve.index = "ivf"
+    context = replace(context, store=Location.of(str(tmp_path / "second")))
+    found = group.run(context, made).groups
+    assert found.read("groups.parquet").to_pylist() == ([] if near else lists)
 
 
 @pytest.mark.parametrize(("passages", "size"), [(12, 12), (50, 50), (500, 50)])
