@@ -30,16 +30,17 @@ def page(
     *,
     fit: Mapping[str, Any] | None,
     training: Mapping[str, Any] | None,
+    speed: Mapping[str, Any] | None = None,
     rounds: int = 1,
 ) -> str:
     """The whole report as one HTML document; pictures are inline SVG, nothing is loaded.
 
-    fit, training: of the last of ``rounds``.
+    fit, training, speed: of the last of ``rounds``.
     """
     names = ", ".join(str(facts.metrics["dataset"]) for facts in corpora)
     sections = [section for facts in corpora for section in _corpus(facts)]
     if fit and training:
-        sections.append(report_training.section(fit, training, rounds))
+        sections.append(report_training.section(fit, training, speed, rounds))
     if drifts := {str(f.metrics["dataset"]): f.drift for f in corpora if f.drift is not None}:
         sections.append(report_drift.section(drifts))
     heading = f"<h1>{html.escape(names)}: base and adapted retriever</h1>"

@@ -7,8 +7,13 @@ from retrieval_ray import plots, report_drift
 from retrieval_ray.markup import cells
 
 
-def section(fit: Mapping[str, Any], training: Mapping[str, Any], rounds: int) -> str:
-    """What ``fit.json`` and the train stage's manifest say, as HTML; of the last of ``rounds``."""
+def section(
+    fit: Mapping[str, Any], training: Mapping[str, Any], speed: Mapping[str, Any] | None, rounds: int
+) -> str:
+    """What ``fit.json`` and the train stage's manifest say, as HTML; of the last of ``rounds``.
+
+    speed: of its steps (``throughput.speed``).
+    """
     tau = training["temperatures"]
     return (
         "<h2>Training</h2>"
@@ -17,6 +22,7 @@ def section(fit: Mapping[str, Any], training: Mapping[str, Any], rounds: int) ->
         f"Epoch returned: {training['epoch']}"
         + (" (the untouched model)" if training["epoch"] == 0 else "")
         + f".{_rounds(rounds)}</p>"
+        + _speed(speed)
         + _refreshes(training["refreshes"])
         + plots.loss(fit)
         + plots.dev(fit, training["epoch"])
@@ -28,6 +34,17 @@ def section(fit: Mapping[str, Any], training: Mapping[str, Any], rounds: int) ->
 
 def _rounds(rounds: int) -> str:
     return "" if rounds < 2 else f" This is round {rounds}; each began with the student of the one before."
+
+
+def _speed(speed: Mapping[str, Any] | None) -> str:
+    if speed is None:
+        return ""
+    shares = sorted(speed["shares"].items(), key=lambda item: -item[1])
+    return (
+        f"<p class='note'>A step's median: {speed['tokens_per_second']:,.0f} tokens a second, "
+        f"{speed['matmul_share']:.0%} of what the device multiplies at best. Of the time "
+        f"{', '.join(f'{part} {share:.1%}' for part, share in shares)}.</p>"
+    )
 
 
 def _refreshes(rows: Sequence[Mapping[str, Any]]) -> str:

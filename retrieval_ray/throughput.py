@@ -1,12 +1,15 @@
 """How fast training goes against the device's matrix multiplication: its own measure of a limit."""
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from retrieval_ray.moe import moe_layers
+
+RATES = ("tokens_per_second", "matmul_share")
 
 
 def training_flops(model: Any, lengths: Sequence[int]) -> float:
@@ -43,6 +46,20 @@ def matmul_limit(device: torch.device, precision: str) -> float:
         _wait(device)
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
+
+
+def speed(steps: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
+    """Of rows of ``steps.jsonl``: medians of the rates, and the share of all time that each part took."""
+    if not steps:
+        return None
+    total = sum(row["seconds"] for row in steps)
+    parts = [name for name in steps[0] if name.endswith("_seconds")]
+    return {
+        **{rate: statistics.median(row[rate] for row in steps) for rate in RATES},
+        "shares": {
+            part.removesuffix("_seconds"): sum(row.get(part, 0.0) for row in steps) / total for part in parts
+        },
+    }
 
 
 def _wait(device: torch.device) -> None:

@@ -128,6 +128,10 @@ def test_refreshes_of_negatives_and_rounds_are_shown_where_there_were_any() -> N
     whole = page([_facts()], fit=fit, training={**training, "refreshes": [row]}, rounds=2)
     assert "<tr><td>40<td>80<td>a&lt;b<td>1,234<td>37.5%<td>5,678<td>91</tr>" in whole.replace("</td>", "")
     assert "This is round 2" in whole
+    assert "tokens a second" not in whole
+    rates = {"tokens_per_second": 12345.6, "matmul_share": 0.51, "shares": {"data": 0.02, "backward": 0.6}}
+    whole = page([_facts()], fit=fit, training=training, speed=rates)
+    assert "12,346 tokens a second, 51% of" in whole and "backward 60.0%, data 2.0%" in whole
 
 
 def _drift(**more: object) -> dict[str, object]:

@@ -19,6 +19,7 @@ from retrieval_ray.stages.context import Context
 from retrieval_ray.stages.evaluate import trec_lines, values_of
 from retrieval_ray.stages.trust import beside_of
 from retrieval_ray.student import Student
+from retrieval_ray.throughput import speed
 
 Measures = dict[str, dict[str, dict[str, float]]]  # system -> query -> metric
 
@@ -79,6 +80,7 @@ def write(context: Context, outcomes: list[Outcome], rounds: list[Stage]) -> Loc
         ],
         fit=(trained.folder / "fit.json").read_json() if trained else None,
         training=trained.manifest() if trained else None,
+        speed=speed(tracking.rows_of(trained.folder / "steps.jsonl")) if trained else None,
         rounds=len(rounds),
     )
     (output / "report.html").write(page.encode())

@@ -40,7 +40,7 @@ class Telling:
         known, end = self.read.get(trained.fingerprint, (None, start))
         if state == known:
             return end
-        steps, epochs = map(_lines, logs)
+        steps, epochs = map(rows_of, logs)
         found = curves(steps, epochs, learning_rate=self.learning_rate, start=start)
         round_name = f"{_plain(self.trial)}-round-{number}" if self.trial else f"round-{number}"
         events = self.output / "tensorboard" / f"{round_name}-{trained.fingerprint[:8]}"
@@ -166,7 +166,8 @@ def _run_id(record: Location) -> str:
     return str(record.read_json()["id"])
 
 
-def _lines(log: Location) -> list[dict[str, float]]:
+def rows_of(log: Location) -> list[dict[str, float]]:
+    """The rows of a log of training; none where it is not there."""
     return [json.loads(line) for line in log.read().splitlines()] if log.exists() else []
 
 

@@ -117,7 +117,7 @@ def test_run_files_and_report(finished: Path) -> None:
         first = (finished / "runs" / f"{system}.trec").read_text().splitlines()[0].split()
         assert len(first) == 6 and first[1] == "Q0" and first[3] == "1"
     page = (finished / "report.html").read_text()
-    assert page.count("<svg") >= 5
+    assert page.count("<svg") >= 5 and "tokens a second" in page
     assert not re.search(r"""<(script|link|img|iframe)|(src|href)=["']?https?:""", page)  # self-contained
     assert (finished / "model" / "README.md").read_text().startswith("---\nlibrary_name")
 
