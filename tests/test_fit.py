@@ -143,6 +143,28 @@ def test_what_experts_took_is_kept_by_epoch_through_a_kill_too(student_folder, c
         assert step["loss"] == pytest.approx(step["kl"] + 0.1 * step["infonce"] + 0.1 * step["balance"])
 
 
+def test_experts_that_choose_their_tokens_learn_and_a_kill_changes_nothing(student_folder, corpus, tmp_path):
+    settings = replace(SETTINGS, jitter=0.2)
+
+    def run(target, **more):
+        student = Student(student_folder, precision="float32", device="cpu")
+        add_experts(student.model, Layout(3, router="expert_choice"), seed=1)
+        before = weights(student)
+        return before, fit(student, [corpus], settings, Location.of(str(target)), **more), weights(student)
+
+    def weights(student):
+        return {name: p.detach().clone() for name, p in student.model.named_parameters()}
+
+    before, whole, after = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", on_step=kill_at(whole.step - 1))
+    _, again, same = run(tmp_path / "broken")
+    assert again.steps == whole.steps and all(torch.equal(same[name], after[name]) for name in after)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    routers = {name for name in after if "router" in name}
+    assert routers and routers <= moved
+
+
 def test_the_queries_of_negatives_are_read_where_clp_has_a_weight(student_folder, corpus, tmp_path):
     """Each list's with the list, whatever batch it comes into; a negative may have none."""
     own = [[f"own-{p}" if p != "p3" else None for p in row[1:]] for row in corpus.train.passage_ids]

@@ -7,15 +7,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+import retrieval_ray
 from retrieval_ray.artifacts import Stage
 from retrieval_ray.config_file import load
+from retrieval_ray.moe import moe_layers
 from retrieval_ray.stages import job, refresh, train
 
 from .conftest import ROOT, job_module, small_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CONFIG = str(ROOT / "configs" / "cpu.yaml")
-EPOCHS = ["train.max_epochs=3", "train.patience=3", "train.refresh_epochs=1", "teacher.gate=false"]
+EPOCHS = [
+    "train.max_epochs=3", "train.patience=3", "train.refresh_epochs=1", "teacher.gate=false",
+    "queries.negatives=true", "train.terms.clp=0.1",
+]  # fmt: skip
 
 
 def adapt(settings: list[str]) -> dict[str, Any]:
@@ -78,6 +83,27 @@ def test_a_refresh_changes_negatives_and_nothing_else(refreshed: Path) -> None:
     assert facts["new_negatives"] == pytest.approx(share, abs=1e-4)
 
 
+def test_every_new_negative_has_the_query_that_it_answers(refreshed: Path) -> None:
+    """The same as before for a passage that was a negative before."""
+    lists = [*stages(refreshed, "groups"), *stages(refreshed, "refresh")]
+    found = {}
+    for stage in stages(refreshed, "negatives"):
+        rows = pq.read_table(stage / "queries.parquet").to_pylist()
+        found["earlier" in manifest(stage)["identity"]] = {row["passage_id"]: row["text"] for row in rows}
+    wanted = [
+        {
+            passage
+            for row in pq.read_table(stage / "groups.parquet").to_pylist()
+            if row["split"] == "train"
+            for passage in row["passage_ids"][1:]
+        }
+        for stage in lists
+    ]
+    first, second = found[False], found[True]
+    assert [set(first), set(second)] == wanted and set(second) - set(first)
+    assert all(second[passage] == first[passage] for passage in set(second) & set(first))
+
+
 def test_only_pairs_of_training_lists_that_are_new_are_judged(refreshed: Path) -> None:
     (groups,) = stages(refreshed, "groups")
     trained = {
@@ -135,7 +161,7 @@ def test_a_run_killed_while_it_mines_ends_with_the_same_model(
 def test_the_adapted_student_is_the_retriever_and_teacher_of_the_next_round(
     ray_local: None, collection: Path, student_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two rounds help, as told here; the third does not, so the second's student counts."""
+    """Two rounds help, as told here; the third does not, so the second's student counts, with its experts."""
     output, asked = tmp_path / "out", []
 
     def improved(trained: Stage) -> bool:
@@ -145,11 +171,15 @@ def test_the_adapted_student_is_the_retriever_and_teacher_of_the_next_round(
 
     monkeypatch.setattr(train, "improved", improved)
     settings = small_settings(collection, Path(student_folder), output)
-    metrics = adapt([*settings, "teacher.gate=false", "train.rounds=5", "train.max_epochs=1"])
+    metrics = adapt(
+        [*settings, "teacher.gate=false", "train.rounds=5", "train.max_epochs=1", "train.moe.experts=2"]
+    )
     assert metrics["training"]["rounds"] == 2
     assert "This is round 2" in (output / "report.html").read_text()
     rounds = [stage.manifest() for stage in asked]
     assert len(rounds) == len(stages(output, "train")) == 3
+    layers = moe_layers(retrieval_ray.load(str(output / "model")))
+    assert [layer.layout.experts for layer in layers.values()] == [2, 2]
     starts = [facts["identity"]["student"]["sha"] for facts in rounds]
     ends = [train.candidate(stage).sha for stage in asked]
     assert starts[1:] == ends[:-1] and len(set(starts)) == 3
