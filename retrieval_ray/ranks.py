@@ -1,5 +1,9 @@
-"""The processes of one training, its ranks, and what they must agree on."""
+"""The processes of one training, its ranks, and what they must agree on or share."""
 
+import os
+import socket
+import tempfile
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -25,6 +29,31 @@ def from_rank_zero(value: _Value) -> _Value:
     held = [value]
     dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def once_a_machine(make: Callable[[], _Value]) -> _Value:
+    """What ``make`` returns on the first rank of this machine, on all of its ranks; every rank asks.
+
+    For what is large and lies in the machine's own temporary folder: what is returned is sent to every rank
+    of every machine, so it should be a path.
+    """
+    rank, ranks = world()
+    if ranks == 1:
+        return make()
+    places: list[object] = [None] * ranks
+    dist.all_gather_object(places, _machine())
+    first = places.index(places[rank])
+    made: list[_Value | None] = [None] * ranks
+    dist.all_gather_object(made, make() if first == rank else None)
+    found = made[first]
+    assert found is not None
+    return found
+
+
+def _machine() -> tuple[str, int, int]:
+    """Names the machine by its temporary folder: containers of one host each have their own."""
+    folder = os.stat(tempfile.gettempdir())
+    return socket.gethostname(), folder.st_dev, folder.st_ino
 
 
 def wait_for_all() -> None:

@@ -2,15 +2,17 @@
 
 import importlib.util
 import shutil
+import tempfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.distributed.tensor import DTensor
 
-from retrieval_ray import step
+from retrieval_ray import ranks, step
 from retrieval_ray.artifacts import Location
 from retrieval_ray.checkpoints import load_weights
 from retrieval_ray.experts import add_experts
@@ -19,6 +21,7 @@ from retrieval_ray.lora import add_lora
 from retrieval_ray.moe import Layout
 from retrieval_ray.sharding import shard
 from retrieval_ray.student import Student
+from retrieval_ray.tokens import TokenRows
 from tests.corpora import SETTINGS, Killed, assert_near, kill_at, tiny_corpus
 
 pytestmark = pytest.mark.slow
@@ -86,6 +89,12 @@ def _rank(rank, model, words, folder):
             shard(half, torch.device("cpu"))
         with half.autocast():
             found[f"casts kept, {key}"] = torch.is_autocast_cache_enabled()
+    tempfile.tempdir = str(folder)
+    for key, machine in (("one machine", "a"), ("two machines", rank)):
+        ranks._machine = lambda machine=machine: machine
+        read = []
+        rows = TokenRows(["b", "a"], lambda ids, read=read: read.extend(ids) or [np.zeros(2)] * len(ids))
+        found[key] = read, {text_id: row.tolist() for text_id, row in rows.items()}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -99,7 +108,7 @@ def folder(student_folder, words, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ranks(folder):
+def found(folder):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
@@ -122,57 +131,64 @@ def _same_steps(ours, theirs):
         assert [row[name] for name in ("tokens", "encoded")] == [expected[n] for n in ("tokens", "encoded")]
 
 
-def test_sharded_training_is_training(ranks, one, student_folder):
+def test_sharded_training_is_training(found, one, student_folder):
     before = _weights(Student(student_folder, precision="float32", device="cpu"))
     moved = max(float((one[1][name] - weight).abs().max()) for name, weight in before.items())
     assert moved > 1e-4
-    assert any(ours != theirs for ours, theirs in ranks[0]["chunks"])  # a rank has to go along without work
-    for rank in ranks:
+    assert any(ours != theirs for ours, theirs in found[0]["chunks"])  # a rank has to go along without work
+    for rank in found:
         _same_steps(rank["progress"], one[0])
         assert_near(rank["whole"], one[1], 1e-6)
 
 
-def test_each_rank_holds_its_share(ranks, one):
+def test_each_rank_holds_its_share(found, one):
     numbers = sum(weight.numel() for weight in one[1].values())
-    shares = [rank["share"] for rank in ranks]
+    shares = [rank["share"] for rank in found]
     assert sum(shares) == numbers and max(shares) < 0.6 * numbers
 
 
-def test_casts_of_gathered_weights_are_not_kept(ranks):
+def test_one_rank_of_each_machine_tokenises(folder, found):
+    rows = {"a": [0, 0], "b": [0, 0]}
+    assert [rank["one machine"] for rank in found] == [(["a", "b"], rows), ([], rows)]
+    assert [rank["two machines"] for rank in found] == [(["a", "b"], rows)] * 2
+    assert not list(folder.glob("retrieval_ray-tokens-*"))
+
+
+def test_casts_of_gathered_weights_are_not_kept(found):
     """They would be, of every layer, for as long as the pass over all chunks lasts."""
-    assert [(rank["casts kept, whole"], rank["casts kept, sharded"]) for rank in ranks] == [(True, False)] * 2
+    assert [(rank["casts kept, whole"], rank["casts kept, sharded"]) for rank in found] == [(True, False)] * 2
 
 
-def test_a_sharded_run_resumes_to_the_same_bits(ranks):
-    for rank in ranks:
+def test_a_sharded_run_resumes_to_the_same_bits(found):
+    for rank in found:
         assert rank["resumed"].steps == rank["progress"].steps
         assert rank["resumed"].history == rank["progress"].history
         assert all(torch.equal(rank["whole"][name], weight) for name, weight in rank["again"].items())
 
 
 @pytest.mark.parametrize("before", ["elastic", "sharded, then one"])
-def test_a_run_of_two_workers_goes_on_with_one(folder, ranks, one, student_folder, words, before):
+def test_a_run_of_two_workers_goes_on_with_one(folder, found, one, student_folder, words, before):
     resumed, student = _fit(student_folder, words, folder / before)
     assert len(one[0].steps) > 4
     _same_steps(resumed, one[0])
     assert_near(_weights(student), one[1], 1e-6)
 
 
-def test_sharded_weights_are_those_of_a_whole_student(folder, ranks, student_folder):
+def test_sharded_weights_are_those_of_a_whole_student(folder, found, student_folder):
     student = Student(student_folder, precision="float32", device="cpu")
-    best = ranks[0]["progress"].best_epoch
+    best = found[0]["progress"].best_epoch
     load_weights(student, best_weights(Location.of(str(folder / "sharded")), best))
-    assert all(torch.equal(ranks[0]["whole"][name], weight) for name, weight in _weights(student).items())
+    assert all(torch.equal(found[0]["whole"][name], weight) for name, weight in _weights(student).items())
 
 
 @pytest.mark.parametrize("key", STUDENTS)
-def test_any_student_may_be_sharded(ranks, student_folder, words, tmp_path, key):
+def test_any_student_may_be_sharded(found, student_folder, words, tmp_path, key):
     progress, student = _fit(student_folder, words, tmp_path, how=STUDENTS[key])
     expected, start = _weights(student), _weights(_student(student_folder, **STUDENTS[key]))
     learns = {"lora": ".lora_B", "experts": ".router"}.get(key, "")
     moved = [float((weight - start[name]).abs().max()) for name, weight in expected.items() if learns in name]
     assert max(moved) > 1e-4
-    for rank in ranks:
+    for rank in found:
         trained, weights = rank[key]
         _same_steps(trained, progress)
         assert trained.load == progress.load  # what experts took, counted over both ranks

@@ -1,5 +1,7 @@
 """Training lists as the training loop takes them, and the texts behind them, out of the stages' tables."""
 
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from itertools import chain
 
 import numpy as np
@@ -53,34 +55,56 @@ def written(negatives: Stage) -> pa.Table:
 
 
 def data_of(corpus: Grouped, depth: int, share: float = 1.0) -> CorpusData:
-    """Read on every worker: only ids travel, and the texts that they name are looked up.
+    """Read on every worker: only ids travel. The texts that they name are read when one is asked for.
 
     share: of the training lists.
     """
-    queries = queries_table(corpus.queries)
-    if corpus.negatives is not None:  # some stand in both, with the same text
-        queries = pa.concat_tables([queries, written(corpus.negatives)])
     qrels = qrels_of(corpus.queries, "dev")
     fused = rankings_of(corpus.retrieved, FUSED, qrels) if qrels else {}
     train = lists_of(corpus.groups, "train", corpus.negatives, share)
     dev = lists_of(corpus.groups, "dev")
     dev_pools = {q: [p for p, _ in fused.get(q, [])[:depth]] for q in qrels}
-    named = chain(train.passage_ids, dev.passage_ids, dev_pools.values())
+
+    def passages() -> Mapping[str, str]:
+        named = chain(train.passage_ids, dev.passage_ids, dev_pools.values())
+        return texts_of(corpus.corpus, chain.from_iterable(named))
+
     return CorpusData(
         name=corpus.name,
         train=train,
         dev=dev,
-        passages=texts_of(corpus.corpus, chain.from_iterable(named)),
-        queries=dict(
-            zip(
-                queries.column("query_id").to_pylist(),
-                queries.column("text").to_pylist(),
-                strict=True,
-            )
-        ),
+        passages=_Texts(passages),
+        queries=_Texts(partial(_queries_of, corpus)),
         dev_qrels=qrels,
         dev_pools=dev_pools,
     )
+
+
+class _Texts(Mapping[str, str]):
+    """Texts that are read when one is asked for: of a machine's ranks, one tokenises for all."""
+
+    def __init__(self, read: Callable[[], Mapping[str, str]]) -> None:
+        self._read = read
+
+    @cached_property
+    def _found(self) -> Mapping[str, str]:
+        return self._read()
+
+    def __getitem__(self, text_id: str) -> str:
+        return self._found[text_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def _queries_of(corpus: Grouped) -> dict[str, str]:
+    table = queries_table(corpus.queries)
+    if corpus.negatives is not None:  # some stand in both, with the same text
+        table = pa.concat_tables([table, written(corpus.negatives)])
+    return dict(zip(*(table.column(name).to_pylist() for name in ("query_id", "text")), strict=True))
 
 
 def calibrated(corpora: list[Grouped], lists: list[Lists], teacher_temperature: float) -> float:
