@@ -25,7 +25,7 @@ from retrieval_ray.experts import prepare
 from retrieval_ray.fit import Settings, best_weights, fit
 from retrieval_ray.lora import add_lora
 from retrieval_ray.model_files import Model, weights_sha
-from retrieval_ray.moe import Layout
+from retrieval_ray.moe import Layout, moe_layers
 from retrieval_ray.progress import progress, say
 from retrieval_ray.ranks import from_rank_zero, world
 from retrieval_ray.selection import gain
@@ -149,19 +149,25 @@ def _trainer(
 
 
 def check(context: Context) -> None:
-    """Raises ``UserError`` for experts or LoRA that the student cannot have.
+    """Raises ``UserError`` for experts or LoRA that the student cannot have, or settings of experts it lacks.
 
     On a worker, which has the packages and the memory, before anything is paid for: training comes last.
     """
-    train = context.config.train
-    if train.moe.experts or train.moe.train == "experts" or context.config.student.lora.r is not None:
+    moe = context.config.train.moe
+    routed = bool(moe.jitter or moe.balance_weight)
+    if moe.experts or routed or moe.train == "experts" or context.config.student.lora.r is not None:
         cluster.join(context.config.compute, context.worker_resources()["num_gpus"])
         made_of = _made_of(context) | {"shard": True}  # on the CPU
-        ray.get(ray.remote(_can_be_made).remote(made_of))
+        ray.get(ray.remote(_can_be_made).remote(made_of, routed))
 
 
-def _can_be_made(made_of: Mapping[str, Any]) -> None:
-    _student(made_of)
+def _can_be_made(made_of: Mapping[str, Any], routed: bool) -> None:
+    student, _ = _student(made_of)
+    if routed and not moe_layers(student.model[0].auto_model):
+        raise UserError(
+            "train.moe.jitter and train.moe.balance_weight are for experts, and the student has none; "
+            "set train.moe.experts"
+        )
 
 
 def _made_of(context: Context) -> dict[str, Any]:

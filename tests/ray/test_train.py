@@ -17,6 +17,7 @@ from retrieval_ray.artifacts import Location, stage
 from retrieval_ray.batching import rectangular
 from retrieval_ray.config import Config, DatasetConfig
 from retrieval_ray.errors import TrainingStopped, UserError
+from retrieval_ray.moe import Layout
 from retrieval_ray.sources import Source
 from retrieval_ray.stages import ingest, lists, train, trainer
 from retrieval_ray.stages.context import Context
@@ -55,6 +56,17 @@ def test_a_gpu_holds_one_rank_of_training() -> None:
     """NCCL refuses two, also where workers share GPUs to encode and to score."""
     asked = [(8, 0.0), (8, 1.0), (8, 0.5), (1, 0.25), (8, 2.0)]
     assert [trainer.training_workers(*each) for each in asked] == [8, 8, 4, 1, 8]
+
+
+def test_settings_of_experts_want_experts(student_folder: str) -> None:
+    made_of: dict[str, Any] = {
+        "student": {"model": student_folder, "precision": "float32", "device": "cpu"},
+        "lora": None, "shard": False, "layout": None, "only_experts": False, "seed": 0,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"train\.moe\.jitter .* the student has none"):
+        trainer._can_be_made(made_of, routed=True)
+    trainer._can_be_made(made_of, routed=False)
+    trainer._can_be_made({**made_of, "layout": Layout(2)}, routed=True)
 
 
 def test_what_would_stop_training_again_is_no_failure_of_a_worker(
