@@ -34,6 +34,9 @@ if WITH_LORA:
     STUDENTS["lora"] = {"lora": True}
 
 
+LISTS = {"drawn": {"settings": replace(SMALL, list_sample=2)}, "not finite": {"spoiled": 3}}
+
+
 def _student(model, *, lora=False, experts=False, precision="float32"):
     student = Student(model, precision=precision, device="cpu")
     if lora:
@@ -43,13 +46,17 @@ def _student(model, *, lora=False, experts=False, precision="float32"):
     return student
 
 
-def _fit(model, words, target, *, sharded=False, how=None, **more):
+def _fit(model, words, target, *, sharded=False, how=None, settings=SMALL, spoiled=None, **more):
+    """spoiled: the list whose scores are not finite."""
     how = how or {}
-    student = _student(model, **how)
-    settings = replace(SMALL, balance_weight=0.1, jitter=0.2) if "experts" in how else SMALL
+    student, corpus = _student(model, **how), tiny_corpus(words)
+    if "experts" in how:
+        settings = replace(settings, balance_weight=0.1, jitter=0.2)
+    if spoiled is not None:
+        corpus.train.teacher_BK[spoiled] = np.nan
     if sharded:
         shard(student, torch.device("cpu"))
-    progress = fit(student, [tiny_corpus(words)], settings, Location.of(str(target)), **more)
+    progress = fit(student, [corpus], settings, Location.of(str(target)), **more)
     return progress, student
 
 
@@ -82,6 +89,9 @@ def _rank(rank, model, words, folder):
         trained, student = _fit(model, words, folder / key, sharded=True, how=how)
         weights = {name: p.full_tensor().detach() for name, p in student.model.named_parameters()}
         found[key] = trained, weights
+    for key, how in LISTS.items():
+        trained, student = _fit(model, words, folder / key, **how)
+        found[key] = trained, _weights(student)
     found["chunks"] = shares
     for key, is_sharded in (("whole", False), ("sharded", True)):
         half = Student(model, precision="bfloat16", device="cpu")
@@ -193,3 +203,14 @@ def test_any_student_may_be_sharded(found, student_folder, words, tmp_path, key)
         _same_steps(trained, progress)
         assert trained.load == progress.load  # what experts took, counted over both ranks
         assert_near(weights, expected, 1e-6)
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_two_ranks_draw_and_skip_as_one_does(found, student_folder, words, tmp_path, key):
+    progress, student = _fit(student_folder, words, tmp_path, **LISTS[key])
+    assert [row["step"] for row in progress.skipped] == ([] if key == "drawn" else [1, 6])
+    for rank in found:
+        trained, weights = rank[key]
+        _same_steps(trained, progress)
+        assert trained.skipped == progress.skipped
+        assert_near(weights, _weights(student), 1e-6)
