@@ -50,7 +50,6 @@ def main() -> None:
         equal=all(case["equal"] for case in cases),
         bound=round(1 / 1.3, 3),
         cases=cases,
-        tokens=default_chunk_tokens(device.type),
         precision=precision,
     )
 
@@ -63,9 +62,9 @@ def _case(device: torch.device, precision: str, layout: Layout, mode: str, round
     layers = {"peer": dense, "ours": MoELinear(copy.deepcopy(dense), layout)}
     # as in the model: a LayerNorm's output, in float32, or an activation's, in the precision of the products
     dtype = torch.bfloat16 if layout.where == "output" and precision == "bfloat16" else torch.float32
-    rows = default_chunk_tokens(device.type) // 128
-    x = torch.randn(rows, 128, inputs, device=device, dtype=dtype, requires_grad=mode == "train")
-    gradient = torch.randn(rows, 128, outputs, device=device)
+    tokens = default_chunk_tokens(device.type, layout.experts)
+    x = torch.randn(tokens // 128, 128, inputs, device=device, dtype=dtype, requires_grad=mode == "train")
+    gradient = torch.randn(tokens // 128, 128, outputs, device=device)
 
     def run(layer: nn.Module) -> Tensor:
         with torch.set_grad_enabled(mode == "train"):
@@ -83,6 +82,7 @@ def _case(device: torch.device, precision: str, layout: Layout, mode: str, round
         "router": layout.router,
         "experts": layout.experts,
         "mode": mode,
+        "tokens": tokens,
         "ratio": round(ms["peer"] / ms["ours"], 3),
         "ours": round(ms["ours"], 3),
         "peer": round(ms["peer"], 3),

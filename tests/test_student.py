@@ -12,7 +12,7 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling, Transformer
 
 from retrieval_ray.errors import UserError
-from retrieval_ray.student import Student, probe_precision
+from retrieval_ray.student import Student, default_chunk_tokens, probe_precision
 
 BUDGETS = [1, 50, 400, 100_000]
 PROMPTS = {"query": "find: ", "document": "text here: "}
@@ -378,3 +378,9 @@ def test_a_broken_model_folder_is_the_users_error(student_folder, tmp_path, name
     file.write_bytes(spoil(file.read_bytes()))
     with pytest.raises(UserError, match=r"student\.model: cannot load '.*model'"):
         _student(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(("experts", "tokens"), [(0, 2048), (2, 2048), (4, 4096), (8, 8192)])
+def test_experts_get_enough_rows_of_a_chunk(experts, tokens):
+    assert default_chunk_tokens("cpu", experts) == tokens
+    assert default_chunk_tokens("cuda", experts) == 8192

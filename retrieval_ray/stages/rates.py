@@ -232,7 +232,8 @@ def _training(
             tokens.__getitem__,
             query_tokens.__getitem__,
             Objective({"kl": 1.0, "infonce": 0.1}, 0.05, 0.2, 0.01),
-            chunk_tokens=config.chunk_tokens or default_chunk_tokens(context.profile.device),
+            chunk_tokens=config.chunk_tokens
+            or default_chunk_tokens(context.profile.device, config.moe.experts),
             keep_bytes=activation_bytes(student.device, sum(p.numel() for p in weights)),
         )
         student.model.zero_grad(set_to_none=True)

@@ -213,7 +213,7 @@ def _settings(context: Context, corpora: list[Grouped], lists: list[Lists]) -> S
         min_warmup_steps=train.min_warmup_steps,
         lr_floor=train.lr_floor,
         passage_tokens=train.passage_tokens,
-        chunk_tokens=train.chunk_tokens or default_chunk_tokens(context.profile.device),
+        chunk_tokens=train.chunk_tokens or default_chunk_tokens(context.profile.device, train.moe.experts),
         activation_bytes=None if train.activation_gib is None else int(train.activation_gib * 2**30),
         dropout=train.dropout,
         checkpoint_seconds=60 * train.checkpoint_minutes,
