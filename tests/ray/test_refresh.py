@@ -178,8 +178,9 @@ def test_the_adapted_student_is_the_retriever_and_teacher_of_the_next_round(
     assert "This is round 2" in (output / "report.html").read_text()
     rounds = [stage.manifest() for stage in asked]
     assert len(rounds) == len(stages(output, "train")) == 3
-    layers = moe_layers(retrieval_ray.load(str(output / "model")))
-    assert [layer.layout.experts for layer in layers.values()] == [2, 2]
+    for stage in asked:
+        layers = moe_layers(retrieval_ray.load((stage.folder / "candidate").path))
+        assert [layer.layout.experts for layer in layers.values()] == [2, 2]
     starts = [facts["identity"]["student"]["sha"] for facts in rounds]
     ends = [train.candidate(stage).sha for stage in asked]
     assert starts[1:] == ends[:-1] and len(set(starts)) == 3
