@@ -64,7 +64,7 @@ def _group(context: Context, judged: Judged) -> Stage:
             training_pools,
             judged,
             ByQuery(judged.queries, judged.scores, folder),
-            near=ByQuery(judged.queries, near, beside),
+            near=ByQuery(judged.queries, near, beside) if near else None,
             depth=config.teacher.depth,
             weights=verdict.weights,
             by_similarity=config.groups.measured_by_similarity(),

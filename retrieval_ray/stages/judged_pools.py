@@ -41,7 +41,7 @@ def training_pools(
     scores: ByQuery,
     queries: Set[str] | None = None,
     *,
-    near: ByQuery,
+    near: ByQuery | None,
     depth: int,
     weights: gate.Weights,
     by_similarity: bool,
@@ -62,7 +62,7 @@ def training_pools(
             continue
         own = rankings_in(judged.retrieved, number)
         pools = _pools(own.get(FUSED, {}), scores.part(number), depth)
-        cosines = near.part(number)
+        cosines = near.part(number) if near else {}
         for row in rows:
             query_id = row["query_id"]
             rankings = {r: own.get(r, {}).get(query_id, []) for r in judged.retrievers}

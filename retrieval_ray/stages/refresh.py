@@ -157,9 +157,9 @@ def _renewed_lists(
             pools_by_part(each, ByQuery(each.queries, each.scores, at), depth)
             for each, at in ((first, old), (judged, new))
         ]
-        similar = ByQuery(first.queries, near, beside)
+        similar = ByQuery(first.queries, near, beside) if near else None
         for number, ((before, _), (pools, rankings)) in enumerate(zip(*parts, strict=True)):
-            cosines = similar.part(number)
+            cosines = similar.part(number) if similar else {}
             for key in before.keys() & trained.keys():
                 row = trained[key]
                 if key not in pools:
